@@ -1,0 +1,109 @@
+"""What a model family gives the trainer: its networks, its parameter groups, and its losses.
+
+The loop knows steps and phases, not models. A family that trains several networks in turn (a
+tokenizer and its discriminator, say) names several phases; everything else has one. Read
+`models/transformer/task.py` for the plainest example.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from .batch import PackedBatch
+
+__all__ = ["InitSpec", "LossOutput", "LossTerm", "ParameterGroup", "Task"]
+
+
+@dataclass(frozen=True)
+class InitSpec:
+    """How one parameter starts. `trunc_normal` has mean 0 and is cut at `cut` standard deviations."""
+
+    kind: Literal["trunc_normal", "normal", "uniform", "constant"] = "trunc_normal"
+    std: float = 0.02
+    cut: float = 3.0
+    value: float = 0.0
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share optimizer settings.
+
+    Args:
+        name: appears in metrics and checkpoints.
+        parameters: logical names, `network/dotted.parameter.name`.
+        algorithm: `adamw`, `row_sparse_adam` (tables whose gradient touches few rows), or `frozen`.
+        weight_decay: whether the configured decay applies.
+        lr_scale: factor on the scheduled learning rate.
+        phase: the phase whose step updates it.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    algorithm: Literal["adamw", "row_sparse_adam", "frozen"] = "adamw"
+    weight_decay: bool = True
+    lr_scale: float = 1.0
+    phase: str = "train"
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A sum over this micro-batch, and the global count that will divide it.
+
+    The objective is the sum over terms of `weight * total / global_count[count]`, with counts taken
+    over all ranks and all micro-batches of the step, so that neither changes the gradient.
+    """
+
+    total: Tensor
+    count: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Losses to train on, and sums that are only reported (also divided by a global count)."""
+
+    terms: dict[str, LossTerm]
+    metrics: dict[str, LossTerm] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """One model family, built from its configuration. Holds no tensors itself."""
+
+    @abstractmethod
+    def build_networks(self) -> dict[str, nn.Module]:
+        """Networks by name, uninitialised; the engine calls this under the meta device."""
+
+    @abstractmethod
+    def init_spec(self, name: str) -> InitSpec:
+        """How the parameter with this logical name (`network/dotted.name`) starts."""
+
+    @abstractmethod
+    def parameter_groups(self, networks: Mapping[str, nn.Module]) -> list[ParameterGroup]:
+        """Every parameter in exactly one group."""
+
+    @abstractmethod
+    def blocks(self, networks: Mapping[str, nn.Module]) -> list[nn.Module]:
+        """The repeated layers, in order of execution: units of sharding, recomputation and compilation."""
+
+    @abstractmethod
+    def counts(self, batch: PackedBatch) -> dict[str, int]:
+        """What the losses of this micro-batch are divided by, as host integers."""
+
+    @abstractmethod
+    def losses(
+        self, networks: Mapping[str, nn.Module], batch: PackedBatch, phase: str = "train"
+    ) -> LossOutput:
+        """One micro-batch's losses."""
+
+    @abstractmethod
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Training FLOPs (forward and backward) of one position, by the family's published formula."""
+
+    def phases(self, step: int) -> Sequence[str]:
+        """Phases of this step, in order. Each is a backward and an update of its own groups."""
+        return ("train",)

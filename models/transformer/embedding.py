@@ -1,0 +1,61 @@
+"""Token embedding, with hashed byte n-gram tables added where the configuration asks for them.
+
+The tables' gradient is row-sparse: a step touches some ten thousand rows of what may be billions of
+parameters. Source: BLT (arXiv 2412.09871) section 3.2.1; plain sum, as in its code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import ngram_hash, packed_windows
+from .config import Config, NgramConfig
+
+__all__ = ["NgramTables", "TokenEmbedding"]
+
+
+class NgramTables(nn.Module):
+    """One table for every hash function and n-gram length, fused into one matrix."""
+
+    def __init__(self, config: NgramConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        tables = config.hash_functions * len(config.sizes)
+        self.weight = nn.Parameter(torch.empty(tables * config.rows, d_model))
+
+    @property
+    def longest(self) -> int:
+        return max(self.config.sizes)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Sum of the rows of every position: (longest, ...) ids to (..., d_model)."""
+        c = self.config
+        rows = ngram_hash(windows, c.sizes, c.rows, c.hash_functions)
+        summed = nn.functional.embedding_bag(rows.flatten(0, -2), self.weight, mode="sum", sparse=True)
+        return summed.unflatten(0, rows.shape[:-1])
+
+
+class TokenEmbedding(nn.Module):
+    """(T,) ids to (T, d_model)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.ngrams = NgramTables(config.ngram, config.d_model) if config.ngram else None
+
+    def forward(self, tokens: Tensor, windows: Tensor | None) -> Tensor:
+        embedded = self.tokens(tokens)
+        if self.ngrams is None:
+            return embedded
+        assert windows is not None
+        return embedded + self.ngrams(windows).to(embedded.dtype)
+
+    def windows(self, tokens: Tensor, position_ids: Tensor, row_length: int) -> Tensor | None:
+        """What the tables hash at every position; stops at documents, or at rows where the configuration says so."""
+        if self.ngrams is None:
+            return None
+        reach = position_ids
+        if not self.ngrams.config.reset_at_documents:
+            reach = torch.arange(len(tokens), device=tokens.device) % row_length
+        return packed_windows(tokens, reach, self.ngrams.longest)

@@ -1,0 +1,78 @@
+"""Settings of the data section; imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from ...models.section import Section
+
+__all__ = ["DataConfig", "HeldOutConfig", "RepeatFilterConfig", "SourceConfig"]
+
+SourceFormat = Literal["auto", "text", "jsonl", "parquet", "tokens", "prepared"]
+
+
+class SourceConfig(Section):
+    """One named source of a mixture."""
+
+    name: str = Field(..., min_length=1, pattern=r"^[\w.-]+$", description="appears in metrics and evaluations")
+    path: str = Field(
+        ..., min_length=1, description="file, folder, glob, prepared dataset, or builtin:NAME (builtin:python-stdlib)"
+    )
+    format: SourceFormat = Field("auto", description="how to read it; auto goes by the file names")
+    text_key: str = Field("text", description="field that holds the text in JSONL and Parquet")
+    extensions: tuple[str, ...] = Field((), description="file endings a folder of text is limited to; empty is all text")
+    token_dtype: Literal["uint16", "uint32"] = Field("uint32", description="type of headerless token files")
+    weight: float | None = Field(None, gt=0, description="share of the samples; null is in proportion to size")
+    max_epochs: float | None = Field(None, gt=0, description="refuse to repeat the source more often than this")
+
+
+class HeldOutConfig(Section):
+    """Documents kept out of training, chosen by a hash of their name, so that the choice never moves."""
+
+    documents: int = Field(20, ge=0, description="number of documents held out of each source")
+    min_bytes: int = Field(0, ge=0, description="only documents of at least this many bytes are held out")
+    max_bytes: int | None = Field(None, gt=0, description="only documents of at most this many bytes are held out")
+
+
+class RepeatFilterConfig(Section):
+    """Sequences with long runs of a repeated n-gram carry no loss (OLMo 2, section 3.3.1)."""
+
+    enabled: bool = Field(True, description="mask the targets of such sequences; they keep their place in the order")
+    min_period: int = Field(1, ge=1, description="shortest repeated n-gram, in tokens")
+    max_period: int = Field(13, ge=1, description="longest repeated n-gram, in tokens")
+    max_count: int = Field(32, ge=2, description="repeats that trigger the filter")
+
+
+class DataConfig(Section):
+    """What is trained on, and in which pieces."""
+
+    sources: tuple[SourceConfig, ...] = Field((), description="sources of the mixture")
+    vocabulary: str = Field("bytes", description="bytes, or hf:PATH of a folder with tokenizer.json")
+    sequence_length: int = Field(4096, ge=2, description="positions of one sample, in tokens")
+    held_out: HeldOutConfig = Field(HeldOutConfig(), description="documents kept for evaluation")
+    repeat_filter: RepeatFilterConfig = Field(RepeatFilterConfig(), description="instance filter in the loader")
+    drop_repetitive_documents: bool = Field(
+        False, description="leave documents with such runs out when preparing (OLMo 2's curation filter)"
+    )
+    cache_dir: str | None = Field(None, description="where prepared sources are kept; null is WEFT_CACHE or ~/.cache/weft")
+    prepare_workers: int | None = Field(None, ge=1, description="processes that prepare; null is one a core")
+    prefetch_steps: int = Field(4, ge=1, description="steps assembled ahead in the background")
+    allow_changed: bool = Field(False, description="resume although a dataset's fingerprint changed")
+
+    @field_validator("sources")
+    @classmethod
+    def _names_differ(cls, sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        names = [source.name for source in sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources are called {twice[0]!r}; names must differ")
+        return sources
+
+    @field_validator("vocabulary")
+    @classmethod
+    def _known_vocabulary(cls, value: str) -> str:
+        if value != "bytes" and not value.startswith("hf:"):
+            raise ValueError(f"{value!r} is neither 'bytes' nor 'hf:PATH'")
+        return value

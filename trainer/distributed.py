@@ -1,0 +1,133 @@
+"""Who this process is among the others, and the small exchanges that happen on the host.
+
+Ranks and addresses are read from whichever launcher is there (torchrun, srun, accelerate). Host
+exchanges use a gloo group of their own, so that they never wait for, or stall, the GPU's stream.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..models.errors import LaunchError
+
+__all__ = ["Topology", "initialise_distributed", "shutdown_distributed"]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process's place. With one process no process group exists and every exchange is local."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    host_group: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Collective: wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier(group=self.host_group)
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Collective: rank 0's JSON-able value, on every rank."""
+        if self.world_size == 1:
+            return value
+        payload = json.dumps(value).encode() if self.is_main else b""
+        size = torch.tensor([len(payload)], dtype=torch.int64)
+        dist.broadcast(size, src=0, group=self.host_group)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        if self.is_main:
+            data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        dist.broadcast(data, src=0, group=self.host_group)
+        return json.loads(bytes(data.numpy()))
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Collective: every rank's JSON-able value, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = self.sum_integers([len(payload) if r == self.rank else 0 for r in range(self.world_size)])
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(payload)] = payload
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded, group=self.host_group)
+        return [json.loads(bytes(g[:n].numpy())) for g, n in zip(gathered, sizes, strict=True)]
+
+    def sum_integers(self, values: Sequence[int]) -> list[int]:
+        """Collective: elementwise sum over ranks of host integers."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(list(values), dtype=torch.int64)
+        dist.all_reduce(total, group=self.host_group)
+        return [int(v) for v in total]
+
+
+def _launcher_environment() -> tuple[int, int, int, int]:
+    """(rank, world size, local rank, local world size) as the launcher says, or a single process."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = int(env["WORLD_SIZE"])
+        return int(env["RANK"]), world, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", world))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        return (
+            int(env["SLURM_PROCID"]),
+            int(env["SLURM_NTASKS"]),
+            int(env.get("SLURM_LOCALID", 0)),
+            int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]),
+        )
+    return 0, 1, 0, 1
+
+
+def initialise_distributed(device: str = "auto", timeout_s: float = 1800.0) -> Topology:
+    """Join the process group the launcher describes.
+
+    Args:
+        device: `auto` (CUDA where there is one), `cpu` or `cuda`.
+        timeout_s: how long a collective may wait.
+
+    Raises:
+        LaunchError: CUDA was asked for and is absent, or the launcher's environment is incomplete.
+    """
+    rank, world_size, local_rank, local_world_size = _launcher_environment()
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise LaunchError("run.device is cuda but torch sees no CUDA device; set run.device=cpu")
+    use_cuda = has_cuda and device != "cpu"
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
+            "start as many processes a node as it has GPUs"
+        )
+    place = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(place)
+    if world_size == 1:
+        return Topology(device=place)
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise LaunchError(
+            f"{world_size} ranks but MASTER_ADDR and MASTER_PORT are not set; start with torchrun or weft submit"
+        )
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        "cuda:nccl,cpu:gloo" if use_cuda else "gloo", rank=rank, world_size=world_size, timeout=timeout
+    )
+    host_group = dist.new_group(backend="gloo", timeout=timeout)
+    return Topology(rank, world_size, local_rank, local_world_size, place, host_group)
+
+
+def shutdown_distributed() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

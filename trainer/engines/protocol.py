@@ -1,0 +1,118 @@
+"""The one protocol behind which torch, DeepSpeed and Accelerate are interchangeable.
+
+An engine owns the networks, their master weights and their optimizers. It is told which
+micro-batches to run and when to update; it never sees files. What it holds is described to
+the checkpoint as flat ranges of logically named tensors (`TensorShard`), which any engine on any number
+of ranks can produce and fill.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...models.batch import PackedBatch
+from ...models.task import LossOutput
+from ..distributed import Topology
+
+__all__ = ["Engine", "StepResult", "TensorShard"]
+
+
+@dataclass(frozen=True)
+class TensorShard:
+    """A contiguous range, in row-major order, of one logical tensor; the part this rank holds.
+
+    Args:
+        name: `parameters/NETWORK/dotted.name`, or `optimizer/KIND/NETWORK/dotted.name` with KIND
+            `exp_avg` or `exp_avg_sq`, or `optimizer/NAME` for state that belongs to no parameter.
+        shape: the whole tensor's shape.
+        start: first flat element held here.
+        tensor: the elements held, contiguous, on any device; `numel()` is the range's length. Loading
+            writes into it in place.
+        is_writer: whether this rank writes the range; of several ranks that hold the same one, exactly one does.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    tensor: Tensor
+    is_writer: bool
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Device tensors, so that asking for a step does not wait for it.
+
+    Args:
+        grad_norm: () fp32, global norm before clipping.
+        skipped: () fp32, 1 where the update was withheld (outlier or non-finite), else 0.
+    """
+
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+class Engine(ABC):
+    """Networks, master weights and optimizers of one run on this rank."""
+
+    topology: Topology
+    networks: dict[str, nn.Module]
+
+    @property
+    @abstractmethod
+    def data_rank(self) -> int:
+        """This rank's index among those that see different data."""
+
+    @property
+    @abstractmethod
+    def data_ranks(self) -> int:
+        """How many ranks see different data."""
+
+    @abstractmethod
+    def forward_backward(
+        self, phase: str, micro_batches: Sequence[PackedBatch], counts: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        """Collective: accumulate the gradient of one phase over this rank's micro-batches.
+
+        Args:
+            counts: the step's global counts (all ranks, all micro-batches) that divide the losses.
+
+        Returns:
+            Detached fp32 sums of each term and metric over this rank's micro-batches.
+        """
+
+    @abstractmethod
+    def step(self, phase: str, learning_rate: float, loss: Tensor | None = None) -> StepResult:
+        """Collective: clip, decide whether to skip, update the phase's groups, clear gradients.
+
+        Args:
+            loss: () the step's global mean loss, for the outlier rule; None where it is off.
+        """
+
+    @abstractmethod
+    def evaluate(self, batch: PackedBatch) -> LossOutput:
+        """Losses of one batch without gradients."""
+
+    @abstractmethod
+    def sum_over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Collective: device scalars summed over the data ranks, without a host sync."""
+
+    @abstractmethod
+    def state_shards(self) -> list[TensorShard]:
+        """Everything that must survive, as ranges of logical tensors held by this rank."""
+
+    @abstractmethod
+    def scalar_state(self) -> dict[str, Any]:
+        """JSON-able state that is the same on all ranks (optimizer step counts)."""
+
+    @abstractmethod
+    def load_scalar_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `scalar_state` gave, after the shards were filled in place."""
+
+    @abstractmethod
+    def network_for_generation(self, name: str) -> nn.Module:
+        """A network that can be called outside training; may gather weights (Collective)."""
