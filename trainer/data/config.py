@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ...models.section import Section
 
@@ -21,7 +21,7 @@ class SourceConfig(Section):
         ..., min_length=1, description="file, folder, glob, prepared dataset, or builtin:NAME (builtin:python-stdlib)"
     )
     format: SourceFormat = Field("auto", description="how to read it; auto goes by the file names")
-    text_key: str = Field("text", description="field that holds the text in JSONL and Parquet")
+    text_key: str = Field("text", min_length=1, description="field that holds the text in JSONL and Parquet")
     extensions: tuple[str, ...] = Field((), description="file endings a folder of text is limited to; empty is all text")
     token_dtype: Literal["uint16", "uint32"] = Field("uint32", description="type of headerless token files")
     weight: float | None = Field(None, gt=0, description="share of the samples; null is in proportion to size")
@@ -29,9 +29,11 @@ class SourceConfig(Section):
 
 
 class HeldOutConfig(Section):
-    """Documents kept out of training, chosen by a hash of their name, so that the choice never moves."""
+    """Documents kept out of training, chosen by a hash of their name (files) or their text (records)."""
 
-    documents: int = Field(20, ge=0, description="number of documents held out of each source")
+    documents: int = Field(
+        20, ge=0, le=4096, description="documents held out of each source, at most a tenth of them; prepared datasets bring their own"
+    )
     min_bytes: int = Field(0, ge=0, description="only documents of at least this many bytes are held out")
     max_bytes: int | None = Field(None, gt=0, description="only documents of at most this many bytes are held out")
 
@@ -43,6 +45,12 @@ class RepeatFilterConfig(Section):
     min_period: int = Field(1, ge=1, description="shortest repeated n-gram, in tokens")
     max_period: int = Field(13, ge=1, description="longest repeated n-gram, in tokens")
     max_count: int = Field(32, ge=2, description="repeats that trigger the filter")
+
+    @model_validator(mode="after")
+    def _periods_in_order(self) -> RepeatFilterConfig:
+        if self.min_period > self.max_period:
+            raise ValueError(f"min_period {self.min_period} is above max_period {self.max_period}")
+        return self
 
 
 class DataConfig(Section):
@@ -68,6 +76,14 @@ class DataConfig(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two sources are called {twice[0]!r}; names must differ")
+        return sources
+
+    @field_validator("sources")
+    @classmethod
+    def _all_or_no_weights(cls, sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        bare = [source.name for source in sources if source.weight is None]
+        if bare and len(bare) < len(sources):
+            raise ValueError(f"some sources have a weight and {bare[0]!r} has none; give all of them one, or none")
         return sources
 
     @field_validator("vocabulary")

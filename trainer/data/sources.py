@@ -1,0 +1,227 @@
+"""From the path in a recipe to a list of input files, and to units of work over them.
+
+The list is sorted and the units depend on the files alone, never on the number of workers, so the
+same input always gives the same shards in the same order.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...models.errors import DataError
+from .config import SourceConfig
+
+__all__ = ["InputFile", "Listing", "Unit", "list_inputs", "plan_units"]
+
+SMALLEST_UNIT_BYTES = 1 << 20
+LARGEST_UNIT_BYTES = 64 << 20
+UNITS_AIMED_AT = 256
+
+ENDINGS = {
+    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".json.gz", ".json.zst"),
+    "parquet": (".parquet",),
+    "tokens": (".npy",),
+}
+# Files that lie beside data without being data; a folder of text takes them as text all the same.
+COMPANIONS = (".csv", ".csv.gz", ".md", ".txt", ".json", ".yaml", ".yml")
+BUILTINS = ("python-stdlib",)
+STDLIB_LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "pydoc_data", "turtledemo", "lib-dynload"}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of a source: where it lies, what it is called in the source, and its version."""
+
+    path: str
+    name: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All files of a source, in order, and how to read them: text, jsonl, parquet, tokens or prepared."""
+
+    kind: str
+    title: str
+    files: tuple[InputFile, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one worker reads at a time: whole files, or one file's part.
+
+    `start` and `stop` are bytes of plain JSONL, row groups of Parquet, ids of token files; both 0 is all of it.
+    """
+
+    index: int
+    files: tuple[InputFile, ...]
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+def list_inputs(source: SourceConfig) -> Listing:
+    """Find and order the files of a source.
+
+    Raises:
+        DataError: nothing is there, it cannot be read, or its format cannot be told.
+    """
+    if source.path.startswith("builtin:"):
+        return _list_builtin(source)
+    path = Path(source.path).expanduser()
+    if source.format == "prepared" or (source.format == "auto" and (path / "manifest.json").is_file()):
+        return Listing("prepared", source.path, ())
+    if glob.has_magic(source.path) and not path.exists():
+        matches = sorted(glob.glob(str(path), recursive=True), key=os.fsencode)
+        paths = [(Path(match), os.path.basename(match)) for match in matches if os.path.isfile(match)]
+        paths = _with_distinct_names(paths)
+    elif path.is_dir():
+        paths = list(_walk(path))
+    elif path.exists() or path.is_symlink():
+        paths = [(path, path.name)]
+    else:
+        raise DataError(f"source {source.name!r}: {source.path} does not exist; check data.sources path")
+    return _build_listing(source, paths)
+
+
+def _with_distinct_names(paths: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """Glob matches are named by the path below their common folder."""
+    if len(paths) < 2:
+        return paths
+    top = os.path.commonpath([path.parent for path, _ in paths])
+    return [(path, path.relative_to(top).as_posix()) for path, _ in paths]
+
+
+def _walk(root: Path, left_out: Iterable[str] = ("__pycache__",)) -> Iterator[tuple[Path, str]]:
+    """Files under a folder in the byte order of their relative paths, without hidden ones."""
+    unwanted, found = set(left_out), []
+    for folder, folders, names in os.walk(root, onerror=_cannot_list):
+        folders[:] = [name for name in folders if name not in unwanted and not name.startswith(".")]
+        for name in names:
+            if not name.startswith("."):
+                path = Path(folder, name)
+                found.append((path, path.relative_to(root).as_posix()))
+    yield from sorted(found, key=lambda item: os.fsencode(item[1]))
+
+
+def _cannot_list(error: OSError) -> None:
+    raise DataError(f"cannot list {error.filename}: {error.strerror}; make the folder readable") from error
+
+
+def _build_listing(source: SourceConfig, paths: list[tuple[Path, str]]) -> Listing:
+    kind = source.format if source.format != "auto" else _tell_kind(source, [name for _, name in paths])
+    if kind in ENDINGS and len(paths) > 1:
+        paths = [(path, name) for path, name in paths if name.endswith(ENDINGS[kind])]
+    if source.extensions:
+        wanted = tuple("." + ending.lstrip(".") for ending in source.extensions)
+        paths = [(path, name) for path, name in paths if name.endswith(wanted)]
+    files = tuple(_stat(path, name) for path, name in paths)
+    if not any(file.size for file in files):
+        limit = f" ending in {', '.join(source.extensions)}" if source.extensions else ""
+        raise DataError(
+            f"source {source.name!r}: {source.path} holds no {kind} files{limit} with anything in them; "
+            "check data.sources path, format and extensions"
+        )
+    return Listing(kind, source.path, files)
+
+
+def _tell_kind(source: SourceConfig, names: list[str]) -> str:
+    kinds = {kind for kind, endings in ENDINGS.items() if any(name.endswith(endings) for name in names)}
+    if not kinds or source.extensions:
+        return "text"
+    known = tuple(ending for endings in ENDINGS.values() for ending in endings) + COMPANIONS
+    others = [name for name in names if not name.endswith(known) and "." in os.path.basename(name)]
+    if len(kinds) > 1 or others:
+        also = f" and others such as {others[0]}" if others else ""
+        raise DataError(
+            f"source {source.name!r}: {source.path} holds {' and '.join(sorted(kinds))} files{also}; "
+            "say which to read with format: text, jsonl, parquet or tokens"
+        )
+    return kinds.pop()
+
+
+def _stat(path: Path, name: str) -> InputFile:
+    try:
+        info = path.stat()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; mend or remove it") from error
+    return InputFile(os.path.abspath(path), name, info.st_size, info.st_mtime_ns)
+
+
+def _list_builtin(source: SourceConfig) -> Listing:
+    name = source.path.removeprefix("builtin:")
+    if name not in BUILTINS:
+        raise DataError(f"source {source.name!r}: no built-in corpus {name!r}; there is {', '.join(BUILTINS)}")
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [
+        (path, relative)
+        for path, relative in _walk(root, STDLIB_LEFT_OUT | {"__pycache__"})
+        # The build's own settings differ between two installs of one version.
+        if relative.endswith(".py") and not relative.startswith("_sysconfigdata")
+    ]
+    if not paths:
+        raise DataError(
+            f"the Python standard library at {root} has no .py sources; use a Python that ships them"
+        )
+    return Listing("text", source.path, tuple(_stat(path, relative) for path, relative in paths))
+
+
+def plan_units(listing: Listing) -> list[Unit]:
+    """Cut a listing into units of similar size. Depends on the listing only."""
+    aim = min(LARGEST_UNIT_BYTES, max(SMALLEST_UNIT_BYTES, listing.size // UNITS_AIMED_AT))
+    if listing.kind == "text":
+        return _group_files(listing.files, aim)
+    parts: list[tuple[InputFile, int, int]] = []
+    for file in listing.files:
+        if not file.size:
+            continue
+        parts.extend((file, start, stop) for start, stop in _cut_file(listing.kind, file, aim))
+    return [Unit(i, (file,), start, stop) for i, (file, start, stop) in enumerate(parts)]
+
+
+def _group_files(files: tuple[InputFile, ...], aim: int) -> list[Unit]:
+    units: list[Unit] = []
+    group: list[InputFile] = []
+    held = 0
+    for file in files:
+        group.append(file)
+        held += file.size
+        if held >= aim:
+            units.append(Unit(len(units), tuple(group)))
+            group, held = [], 0
+    if group:
+        units.append(Unit(len(units), tuple(group)))
+    return units
+
+
+def _cut_file(kind: str, file: InputFile, aim: int) -> Iterator[tuple[int, int]]:
+    if kind == "jsonl" and not file.path.endswith((".gz", ".zst")):
+        length, step = file.size, aim
+    elif kind == "parquet":
+        from .readers import count_row_groups
+
+        length = count_row_groups(file)
+        step = max(1, -(-length * aim // file.size))
+    elif kind == "tokens":
+        from .token_files import count_ids
+
+        length = count_ids(file)
+        step = max(1, length * aim // file.size)
+    else:
+        yield 0, 0
+        return
+    for start in range(0, length, step):
+        yield start, min(start + step, length)
