@@ -1,10 +1,25 @@
 """Installs the four top-level folders as subpackages of `weft`; `launch/weft` is the root package itself."""
 
+import re
+import warnings
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
 FLOORS = ("kernels", "models", "trainer", "launch")
+
+# Said of every editable install, in a box: a folder called weft in the working directory would
+# shadow the package. There is none here.
+warnings.filterwarnings("ignore", message="Editable installation")
+
+
+def read_version() -> str:
+    text = (ROOT / "launch/weft/__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError("launch/weft/__init__.py sets no __version__")
+    return found[1]
 
 
 def floor_packages() -> list[str]:
@@ -23,7 +38,10 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.16"],
     "hf": ["transformers>=4.57", "tokenizers>=0.21", "datasets>=3.0"],
     "data": ["pyarrow>=16", "zstandard>=0.22"],
-    "mamba": ["mamba-ssm>=2.3; platform_system=='Linux'", "causal-conv1d>=1.5; platform_system=='Linux'"],
+    "mamba": [
+        "mamba-ssm>=2.3; platform_system=='Linux'",
+        "causal-conv1d>=1.5; platform_system=='Linux'",
+    ],
 }
 EXTRAS["dev"] = [
     *EXTRAS["wandb"],
@@ -36,16 +54,17 @@ EXTRAS["dev"] = [
     "pytest>=8",
     "pytest-xdist>=3.5",
     "ruff>=0.8",
+    "setuptools>=77",
     "types-PyYAML",
 ]
 
 setup(
     name="weft",
-    version="0.1.0",
-    description="Pretraining that decides from the data where its compute goes, on any number of GPUs, never losing a run",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    version=read_version(),
+    description="Pretraining that decides from the data where its compute goes, on any number of GPUs",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     python_requires=">=3.11",
     packages=["weft", *floor_packages()],
     package_dir={"weft": "launch/weft", **{f"weft.{floor}": floor for floor in FLOORS}},
@@ -58,7 +77,7 @@ setup(
         "pyyaml>=6",
         "safetensors>=0.4.5",
         "rich>=13",
-        "click>=8.1",
+        "click>=8.2",
         "matplotlib>=3.8",
     ],
     extras_require=EXTRAS,

@@ -2,9 +2,9 @@
 
     hash(i, n) = floormod(int64_wrap(sum over j < n of id[i-n+1+j] * p^j), rows)
 
-The oldest id of the window has power 0, ids before the start count as 0, and products wrap around in
-int64: other integer widths, or a truncating modulus, pick other rows. Source: BLT (arXiv 2412.09871)
-section 3.2.1, in the form its code has.
+The oldest id of the window has power 0, ids before the start count as 0, and products wrap around
+in int64: other integer widths, or a truncating modulus, pick other rows. Source: BLT (arXiv
+2412.09871) section 3.2.1, in the form its code has.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["HASH_PRIMES", "ngram_hash", "packed_windows"]
+__all__ = ["HASH_PRIMES", "following_windows", "ngram_hash", "packed_windows"]
 
 HASH_PRIMES = (
     1000000007,
@@ -36,7 +36,8 @@ def packed_windows(ids: Tensor, reach: Tensor, longest: int) -> Tensor:
 
     Args:
         ids: (T,) int64.
-        reach: (T,) int64, how many earlier ids a position may see (its position in the document, say).
+        reach: (T,) int64, how many earlier ids a position may see (its position in the document,
+            say).
         longest: length of the longest n-gram.
 
     Returns:
@@ -46,6 +47,21 @@ def packed_windows(ids: Tensor, reach: Tensor, longest: int) -> Tensor:
     rows = [padded[longest - 1 - lag : longest - 1 - lag + len(ids)] for lag in range(longest)]
     lags = torch.arange(longest, device=ids.device)[:, None]
     return torch.where(lags <= reach[None, :], torch.stack(rows), 0)
+
+
+def following_windows(history: Tensor, ids: Tensor) -> Tensor:
+    """The same for new ids of sequences whose past is known, as in generation.
+
+    Args:
+        history: (B, longest - 1) int64, the ids before the new ones, newest last, 0 for none.
+        ids: (B, t) int64, the new ones.
+
+    Returns:
+        (longest, B, t) int64; row `lag` holds the id `lag` positions back.
+    """
+    joined = torch.cat((history, ids), dim=1)
+    reach, count = history.shape[1], ids.shape[1]
+    return torch.stack([joined[:, reach - lag : reach - lag + count] for lag in range(reach + 1)])
 
 
 def ngram_hash(windows: Tensor, sizes: Sequence[int], rows: int, hash_functions: int = 1) -> Tensor:
@@ -58,13 +74,15 @@ def ngram_hash(windows: Tensor, sizes: Sequence[int], rows: int, hash_functions:
         hash_functions: how many of `HASH_PRIMES` are used.
 
     Returns:
-        (..., hash_functions * len(sizes)) int64, function-major, each offset by its table's first row.
+        (..., hash_functions * len(sizes)) int64, function-major, each offset by its table's first
+        row.
     """
     found: dict[tuple[int, int], Tensor] = {}
     for function in range(hash_functions):
         prime = HASH_PRIMES[function]
         value = torch.zeros_like(windows[0])
-        # Horner's rule: lengthening the window by one older id multiplies what is there by the prime.
+        # Horner's rule: lengthening the window by one older id multiplies what is there by the
+        # prime.
         for lag in range(max(sizes)):
             value = value * prime + windows[lag]
             if lag + 1 in sizes:

@@ -1,101 +1,178 @@
 """Causal attention inside each document of a packed sequence.
 
-T positions of R rows of S positions (T = R * S), H query heads, K key/value heads, hd head width. Three backends give the same
-result: `sdpa` (rows as the batch, one boolean mask a batch), `flex` (a block mask that skips what is
-masked), and `varlen` (flash attention over cu_seqlens, CUDA, 16-bit).
+T positions of R rows of S positions (T = R * S), H query heads, K key/value heads, hd head width.
+Three backends give the same result: `sdpa` (scaled_dot_product_attention by rows or by documents),
+`flex` (a block mask that skips what is masked) and `varlen` (flash attention over cu_seqlens, CUDA,
+16-bit). None waits for the GPU.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["PackedLayout", "packed_attention"]
+__all__ = ["ATTENTION_BACKENDS", "PackedLayout", "attention_problem", "packed_attention"]
+
+FLEX_BLOCK = 128
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+POSITIONS_A_CALL = 16
+"""On the CPU, documents shorter than this on average are no cheaper in calls than under a mask."""
 
 
-@dataclass(eq=False)
 class PackedLayout:
-    """Where the documents of a batch lie; masks are built once and shared by all layers.
+    """Where the documents of a batch lie; masks are built on first use and shared by all layers.
+
+    Not a dataclass: FSDP2 rebuilds dataclasses among a block's arguments, which would lose the
+    shared masks. The masks are cached by hand because torch.compile cannot trace
+    functools.cached_property on Python 3.11.
+
+    Attributes:
+        document_starts: (T,) int64, where the document of each position starts.
 
     Args:
         cu_seqlens: (D + 1,) int32, every row border included.
         position_ids: (T,) int64, positions inside documents.
         max_seqlen: longest document, a host integer.
-        row_length: S.
+        row_length: S; where T is not a multiple of it, all of T is taken as one row.
     """
 
-    cu_seqlens: Tensor
-    position_ids: Tensor
-    max_seqlen: int
-    row_length: int
+    def __init__(
+        self, cu_seqlens: Tensor, position_ids: Tensor, max_seqlen: int, row_length: int
+    ) -> None:
+        self.cu_seqlens = cu_seqlens
+        self.position_ids = position_ids
+        self.max_seqlen = max_seqlen
+        self.total = position_ids.shape[0]
+        self.row_length = row_length if self.total % row_length == 0 else self.total
+        self.document_starts = torch.arange(self.total, device=position_ids.device) - position_ids
+        self._row_mask: Tensor | None = None
+        self._block_mask: Any = None
 
     @property
     def rows(self) -> int:
-        return len(self.position_ids) // self.row_length
+        return self.total // self.row_length
 
     @property
     def is_one_document_a_row(self) -> bool:
-        # Known on the host: every row border is a document border, so equal counts mean no other borders.
-        return len(self.cu_seqlens) - 1 == self.rows
+        # Known on the host: all row borders are document borders, so equal counts mean no others.
+        return self.cu_seqlens.shape[0] - 1 == self.rows
 
     @functools.cached_property
-    def document_ids(self) -> Tensor:
-        """(T,) int64."""
-        return (self.position_ids == 0).cumsum(0)
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """(length, count) of neighbouring documents of equal length; waits for the device."""
+        lengths = self.cu_seqlens.diff().tolist()
+        return tuple((length, len(list(same))) for length, same in groupby(lengths))
 
-    @functools.cached_property
+    @property
     def row_mask(self) -> Tensor:
         """(R, 1, S, S) bool, True where a query (third) may see a key (fourth)."""
-        documents = self.document_ids.view(self.rows, self.row_length)
-        same = documents[:, :, None] == documents[:, None, :]
-        return same.tril()[:, None]
+        if self._row_mask is not None:
+            return self._row_mask
+        starts = self.document_starts.view(self.rows, self.row_length)
+        mask = (starts[:, :, None] == starts[:, None, :]).tril()[:, None]
+        # A compiled block builds it in its own graph, where keeping it would be a side effect.
+        if not torch.compiler.is_compiling():
+            self._row_mask = mask
+        return mask
 
-    @functools.cached_property
+    @property
     def block_mask(self) -> Any:
-        from torch.nn.attention.flex_attention import create_block_mask
+        """flex_attention's BlockMask over all of T, made from borders without any T x T mask."""
+        if self._block_mask is None:
+            self._block_mask = self._build_block_mask()
+        return self._block_mask
 
-        documents = self.document_ids
+    def prepare(self, backend: str) -> None:
+        """Build what compiled blocks cannot build; call once a batch, outside of them."""
+        if backend == "flex":
+            _ = self.block_mask
+
+    def _build_block_mask(self) -> Any:
+        from torch.nn.attention.flex_attention import BlockMask
+
+        starts = self.document_starts
+        device, count = starts.device, -(-self.total // FLEX_BLOCK)
+        query = torch.arange(count, device=device)[:, None]
+        key = torch.arange(count, device=device)
+        first = starts[::FLEX_BLOCK][:, None]
+        last = starts[(query * FLEX_BLOCK + FLEX_BLOCK - 1).clamp(max=self.total - 1)]
+        needed = (key <= query) & (key >= first // FLEX_BLOCK)
+        is_whole = (query + 1) * FLEX_BLOCK <= self.total
+        full = (key < query) & (key * FLEX_BLOCK >= last) & is_whole
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query >= key) & (documents[query] == documents[key])
+            return (query >= key) & (key >= starts[query])
 
-        total = len(self.position_ids)
-        return create_block_mask(visible, None, None, total, total, device=str(self.position_ids.device))
+        return BlockMask.from_kv_blocks(
+            *_ordered(needed & ~full),
+            *_ordered(full),
+            BLOCK_SIZE=FLEX_BLOCK,
+            mask_mod=visible,
+            seq_lengths=(self.total, self.total),
+        )
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, backend: str = "auto") -> Tensor:
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many key blocks each query block has, and their indices first, for flex_attention."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, backend: str = "auto"
+) -> Tensor:
     """`softmax(q k^T / sqrt(hd)) v`, causal, inside documents only.
 
     Args:
         q: (T, H, hd).
         k, v: (T, K, hd), H a multiple of K.
-        backend: `sdpa`, `flex`, `varlen`, or `auto`: varlen where it runs, flex on other CUDA types, else sdpa.
+        backend: `sdpa`, `flex`, `varlen`, or `auto`: varlen where it runs (CUDA, 16-bit), else
+            sdpa.
 
     Returns:
         (T, H, hd).
 
     Raises:
-        ValueError: unknown backend, or shapes that do not fit the layout.
+        ValueError: unknown backend, one that does not run on this device and type, or shapes that
+        do not fit the layout.
     """
-    if len(q) != len(layout.position_ids) or len(q) % layout.row_length:
-        raise ValueError(f"q has {len(q)} positions, the layout {len(layout.position_ids)} in rows of {layout.row_length}")
+    if q.shape[0] != layout.total:
+        raise ValueError(f"q has {q.shape[0]} positions but the layout has {layout.total}")
     if backend == "auto":
-        backend = _pick(q)
-    if backend not in _BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}; known: auto, {', '.join(_BACKENDS)}")
-    return _BACKENDS[backend](q, k, v, layout)
+        backend = "varlen" if _runs_varlen(q) else "sdpa"
+    needs_gradient = torch.is_grad_enabled() and q.requires_grad
+    problem = attention_problem(backend, q.device, q.dtype, needs_gradient)
+    if problem:
+        raise ValueError(problem)
+    return ATTENTION_BACKENDS[backend](q, k, v, layout)
 
 
-def _pick(q: Tensor) -> str:
-    if not q.is_cuda:
-        return "sdpa"
-    return "varlen" if q.dtype in (torch.float16, torch.bfloat16) else "flex"
+def attention_problem(
+    backend: str, device: torch.device, dtype: torch.dtype, needs_gradient: bool
+) -> str | None:
+    """Why `backend` cannot run on this device and type of queries, in one line; None if it can."""
+    if backend != "auto" and backend not in ATTENTION_BACKENDS:
+        known = ", ".join(ATTENTION_BACKENDS)
+        return f"unknown attention backend {backend!r}; known: auto, {known}"
+    if backend == "varlen" and (device.type != "cuda" or dtype not in SIXTEEN_BIT):
+        found = f"{device.type} and {str(dtype).removeprefix('torch.')}"
+        return f"attention backend varlen needs CUDA and a 16-bit type, not {found}; use auto"
+    if backend == "flex" and device.type == "cpu" and needs_gradient:
+        return "attention backend flex has no gradient on the CPU; use auto"
+    return None
+
+
+def _runs_varlen(q: Tensor) -> bool:
+    if not q.is_cuda or q.dtype not in SIXTEEN_BIT:
+        return False
+    return torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def _spread_heads(q: Tensor, kv: Tensor) -> Tensor:
@@ -104,19 +181,40 @@ def _spread_heads(q: Tensor, kv: Tensor) -> Tensor:
     return kv if groups == 1 else kv.repeat_interleave(groups, dim=1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
-    def by_row(x: Tensor) -> Tensor:
-        return x.view(layout.rows, layout.row_length, *x.shape[1:]).transpose(1, 2)
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, row_length: int, mask: Tensor | None) -> Tensor:
+    """Attention in each of the rows: under `mask`, or causal where that is None."""
 
+    def by_row(x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, row_length)).transpose(1, 2)
+
+    out = scaled_dot_product_attention(
+        by_row(q), by_row(k), by_row(v), attn_mask=mask, is_causal=mask is None
+    )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     k, v = _spread_heads(q, k), _spread_heads(q, v)
-    plain = layout.is_one_document_a_row
-    mask = None if plain else layout.row_mask
-    out = scaled_dot_product_attention(by_row(q), by_row(k), by_row(v), attn_mask=mask, is_causal=plain)
-    return out.transpose(1, 2).reshape(q.shape)
+    if layout.is_one_document_a_row:
+        return _attend_rows(q, k, v, layout.row_length, None)
+    # Document lengths are shapes: free to read on the CPU, but a wait on a GPU and a
+    # recompilation when compiled.
+    has_free_lengths = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if has_free_lengths and len(layout.runs) * POSITIONS_A_CALL <= layout.total:
+        return _attend_documents(q, k, v, layout.runs)
+    return _attend_rows(q, k, v, layout.row_length, layout.row_mask)
+
+
+def _attend_documents(q: Tensor, k: Tensor, v: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
+    """One causal call for each run of equally long documents: computes only what is visible."""
+    sizes = [length * count for length, count in runs]
+    parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    lengths = (length for length, _ in runs)
+    return torch.cat([_attend_rows(*qkv, n, None) for qkv, n in zip(parts, lengths, strict=True)])
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
+def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True)
@@ -125,21 +223,43 @@ def _compiled_flex() -> Callable[..., Tensor]:
 def _flex(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    attend = _compiled_flex() if q.is_cuda else flex_attention
-    k, v = _spread_heads(q, k), _spread_heads(q, v)
-    out = attend(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=layout.block_mask)
+    # Inside a compiled block the outer compilation covers it; on the CPU only the plain form has
+    # a gradient.
+    attend: Callable[..., Any] = flex_attention
+    if q.is_cuda and not torch.compiler.is_compiling():
+        attend = _compiled_flex()
+    queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
+    is_grouped = q.shape[1] != k.shape[1]
+    out = attend(queries, keys, values, block_mask=layout.block_mask, enable_gqa=is_grouped)
     return out[0].transpose(0, 1)
+
+
+@functools.cache
+def _varlen_takes_groups() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    k, v = _spread_heads(q, k), _spread_heads(q, v)
-    borders, longest = layout.cu_seqlens, layout.max_seqlen
-    return varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0))
+    borders = layout.cu_seqlens
+    # The row length bounds every document and never changes, so that compiled blocks need no
+    # guard on it.
+    longest = layout.row_length
+    groups: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if _varlen_takes_groups():
+            groups["enable_gqa"] = True
+        else:
+            k, v = _spread_heads(q, k), _spread_heads(q, v)
+    out = varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0), **groups)
+    assert isinstance(out, Tensor)  # a pair only where return_aux asks for it
+    return out
 
 
-_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]] = {
+ATTENTION_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]] = {
     "sdpa": _sdpa,
     "flex": _flex,
     "varlen": _varlen,

@@ -2,33 +2,50 @@
 
 Nothing heavy is imported here, so `weft --help` answers at once. Each verb is a module of this
 folder with a click command called `command`.
+
+Exit codes: 0 done, 1 a bug (with its traceback), 2 something the user can mend, 3 a run that stopped
+by policy, 130 interrupted, 141 the reader of a pipe went away.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import select
 import sys
 from difflib import get_close_matches
 
 import click
 
+from .. import __version__
 from ..models.errors import WeftError
 
 __all__ = ["main"]
 
-VERBS = {
-    "quickstart": ("quickstart", "train a real model on this machine in minutes, from nothing"),
-    "train": ("train", "train a recipe, or go on with a run"),
-    "eval": ("evaluate", "held-out loss, perplexity and bits per byte of a run"),
-    "generate": ("generate", "samples from a run"),
-    "debug": ("debug", "prove a resume exact"),
-    "plan": ("plan", "parameters, FLOPs, memory and time of a recipe, without running it"),
-    "data": ("data", "prepare datasets, look at what training will see"),
-    "checkpoint": ("checkpoint", "list and verify the checkpoints of a run"),
-    "convert": ("convert", "to and from Hugging Face checkpoints"),
-    "bench": ("bench", "measure this machine against the alternatives"),
+_STDOUT = 1
+
+# Chapter -> verb -> (module of this folder, one line of help).
+CHAPTERS = {
+    "Start": {
+        "quickstart": ("quickstart", "train a real model on this machine in minutes"),
+        "train": ("train", "train a recipe, or go on with a run"),
+    },
+    "Before a run": {
+        "plan": ("plan", "parameters, FLOPs, memory and time of a recipe"),
+        "data": ("data", "prepare datasets, look at what training will see"),
+        "convert": ("convert", "to and from Hugging Face checkpoints"),
+    },
+    "After a run": {
+        "eval": ("evaluate", "held-out loss, perplexity and bits per byte"),
+        "generate": ("generate", "samples from a run"),
+        "checkpoint": ("checkpoint", "list and verify the checkpoints of a run"),
+    },
+    "Trust": {
+        "debug": ("debug", "prove that a resume is exact"),
+        "bench": ("bench", "measure Weft on this machine against its peers"),
+    },
 }
+VERBS = {verb: entry for chapter in CHAPTERS.values() for verb, entry in chapter.items()}
 
 
 class _Contents(click.Group):
@@ -43,15 +60,18 @@ class _Contents(click.Group):
             hint = f"; did you mean {near[0]!r}?" if near else "; weft --help lists them"
             raise click.UsageError(f"there is no command {cmd_name!r}{hint}")
         module = importlib.import_module(f".{VERBS[cmd_name][0]}", __package__)
-        return module.command
+        command: click.Command = module.command
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in VERBS.items()])
+        width = max(map(len, VERBS))
+        for chapter, verbs in CHAPTERS.items():
+            with formatter.section(chapter):
+                formatter.write_dl([(verb.ljust(width), text) for verb, (_, text) in verbs.items()])
 
 
 @click.group(cls=_Contents, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="weft", message="weft %(version)s")
+@click.version_option(__version__, message="weft %(version)s")
 def cli() -> None:
     """Weft pretrains models that decide from the data where their compute goes.
 
@@ -62,23 +82,56 @@ def cli() -> None:
 def main() -> None:
     """Entry point. Errors of the user are one line each and exit code 2; tracebacks are for bugs."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = _run()
+        # What is still buffered must meet a closed pipe here, not at the interpreter's exit.
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_stdout_broken():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+        code = 141
+    sys.exit(code)
+
+
+def _run() -> int:
+    try:
+        code = _invoke()
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 0
     except click.exceptions.Exit as stop:
-        code = stop.exit_code
+        return stop.exit_code
     except click.ClickException as error:
-        _complain(error.format_message())
-        code = 2
+        _complain(error.format_message() + _where_to_look(error))
+        return 2
     except WeftError as error:
         _complain(str(error))
-        code = error.exit_code
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         _complain("interrupted")
-        code = 130
-    except BrokenPipeError:
-        # The reader of a pipe went away (`weft ... | head`); Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
-    sys.exit(code if isinstance(code, int) else 0)
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def _invoke() -> object:
+    """What click's own `main` does, except that it would end on any broken pipe without a word."""
+    with cli.make_context("weft", sys.argv[1:]) as ctx:
+        return cli.invoke(ctx)
+
+
+def _is_stdout_broken() -> bool:
+    """Whether it is our own reader that went away; any other broken pipe is a bug to be seen."""
+    poller = select.poll()
+    poller.register(_STDOUT, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))
+
+
+def _where_to_look(error: click.ClickException) -> str:
+    ctx: click.Context | None = getattr(error, "ctx", None)
+    if ctx is None or ctx.parent is None:
+        return ""
+    return f" (see: {ctx.command_path} --help)"
 
 
 def _complain(message: str) -> None:

@@ -2,22 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import click
 
 from ..models.errors import ConfigError
 
 if TYPE_CHECKING:
     from ..trainer.configuration.load import Loaded
 
-__all__ = ["RECIPES", "load_recipe", "load_run", "looks_like_run", "print_table"]
+__all__ = [
+    "RECIPES",
+    "load_recipe",
+    "load_recipe_or_run",
+    "load_run",
+    "looks_like_run",
+    "overrides_argument",
+    "print_table",
+    "recipe_argument",
+    "run_argument",
+    "run_folder",
+    "split_arguments",
+]
 
 RECIPES = Path(__file__).parent / "recipes"
+_MOST_LISTED = 5
 
 
-def load_recipe(recipe: str, overrides: Sequence[str]) -> Loaded:
-    """The checked configuration of a recipe argument."""
+def recipe_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the argument `recipe`: a name under launch/recipes or a path to a YAML file."""
+    return click.argument("recipe", metavar="RECIPE")(function)
+
+
+def run_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the argument `run`: a run folder; give it to `run_folder` or `load_run`."""
+    return click.argument("run", metavar="RUN")(function)
+
+
+def overrides_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the argument `overrides`: a tuple of `key=value`; put it below the other arguments."""
+    return click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)(function)
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments in any order, as (those that are not overrides, overrides)."""
+    overrides = [argument for argument in arguments if _is_override(argument)]
+    return [argument for argument in arguments if not _is_override(argument)], overrides
+
+
+def _is_override(argument: str) -> bool:
+    # A path may hold `=` as well, but then something other than a dotted word stands before it.
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and "/" not in key and not Path(argument).exists()
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Loaded:
+    """The checked configuration of a recipe argument.
+
+    Raises:
+        ConfigError: every error found, one a line.
+    """
     from ..trainer.configuration.load import load_config
 
     return load_config(recipe, list(overrides), RECIPES)
@@ -27,30 +74,61 @@ def looks_like_run(argument: str) -> bool:
     return (Path(argument) / "config.yaml").is_file()
 
 
+def run_folder(run: str) -> Path:
+    """The run folder a RUN argument means: a path, or a name under runs/.
+
+    Raises:
+        ConfigError: there is no such run; the nearest are listed.
+    """
+    for folder in (Path(run), Path("runs") / run):
+        if looks_like_run(str(folder)):
+            return folder
+    found = "there is no folder" if not Path(run).exists() else "no config.yaml in"
+    raise ConfigError(f"{run} is not a run: {found} {run}; {_nearby_runs(Path(run))}")
+
+
+def _nearby_runs(run: Path) -> str:
+    parents = dict.fromkeys([run, run.parent, Path("runs")])
+    runs = sorted({str(p.parent) for parent in parents for p in parent.glob("*/config.yaml")})
+    if not runs:
+        return "give the folder a run was started in (the run.dir of its recipe)"
+    near = get_close_matches(str(run), runs, n=_MOST_LISTED, cutoff=0.5) or runs[:_MOST_LISTED]
+    return f"runs here: {', '.join(near)}"
+
+
 def load_run(run: str, overrides: Sequence[str] = ()) -> Loaded:
     """The checked configuration of a run folder argument.
 
     Raises:
-        ConfigError: no such run; the runs nearby are listed.
+        ConfigError: no such run, or an override that cannot work.
     """
+    folder = run_folder(run)
     from ..trainer.configuration.load import load_run_config
 
-    folder = Path(run)
-    if not looks_like_run(run):
-        parents = {folder.parent, Path("runs")}
-        nearby = sorted(str(p.parent) for parent in parents if parent.is_dir() for p in parent.glob("*/config.yaml"))
-        hint = f"runs here: {', '.join(nearby[:5])}" if nearby else "give the folder a run was started in"
-        raise ConfigError(f"{run} is not a run folder (no config.yaml); {hint}")
     return load_run_config(folder, list(overrides))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
+def load_recipe_or_run(argument: str, overrides: Sequence[str] = ()) -> Loaded:
+    """The checked configuration of an argument that may be either; a run folder wins."""
+    is_run = looks_like_run(argument)
+    return load_run(argument, overrides) if is_run else load_recipe(argument, overrides)
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()
+) -> None:
     """A plain table on standard output; `right` lists the columns to align right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i in right else "left", overflow="fold")
     for row in rows:

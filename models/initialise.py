@@ -1,7 +1,8 @@
 """Start values that do not depend on how a parameter is cut over ranks.
 
-A tensor is thought of as blocks of 2^18 elements in row-major order; each block has its own generator, seeded from
-(seed, name, block). Any rank can so fill just the range it holds, and every world size starts from the same weights.
+A tensor is thought of as blocks of 2^18 elements in row-major order; each block has its own
+generator, seeded from (seed, name, block). Any rank can so fill just the range it holds, and
+every world size starts from the same weights.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from .task import InitSpec
+from .task import InitSpec, Task
 
 __all__ = ["fill_range", "initialise_module"]
 
@@ -23,7 +24,7 @@ def fill_range(out: Tensor, spec: InitSpec, *, seed: int, name: str, start: int 
 
     Args:
         out: any shape, contiguous, any device and floating type; drawn in fp32 on the CPU.
-        spec: the distribution.
+        spec: the distribution; `uniform` lies in [-std, std).
         seed: the run's seed.
         name: logical name, part of the seed.
         start: first flat element.
@@ -37,7 +38,7 @@ def fill_range(out: Tensor, spec: InitSpec, *, seed: int, name: str, start: int 
         while position < flat.numel():
             block, offset = divmod(start + position, BLOCK)
             count = min(BLOCK - offset, flat.numel() - position)
-            # A block is drawn from its beginning: what a generator gives depends on what it gave before.
+            # Drawn from the block's beginning: what a generator gives depends on what it gave.
             values = _draw(offset + count, spec, _block_seed(seed, name, block))
             flat[position : position + count].copy_(values[offset:])
             position += count
@@ -61,8 +62,8 @@ def _block_seed(seed: int, name: str, block: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def initialise_module(module: torch.nn.Module, network: str, task: object, seed: int) -> None:
+def initialise_module(module: torch.nn.Module, network: str, task: Task, seed: int) -> None:
     """Fill every parameter of an unsharded network, for library use."""
     for name, parameter in module.named_parameters():
         logical = f"{network}/{name}"
-        fill_range(parameter.data, task.init_spec(logical), seed=seed, name=logical)  # type: ignore[attr-defined]
+        fill_range(parameter.data, task.init_spec(logical), seed=seed, name=logical)

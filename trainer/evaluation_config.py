@@ -10,8 +10,15 @@ __all__ = ["EvalConfig"]
 
 
 class EvalConfig(Section):
-    """Held-out evaluation during training."""
+    """Held-out evaluation, during training and by `weft eval`."""
 
     every: int | None = Field(None, gt=0, description="steps between evaluations; null is never")
     at_end: bool = Field(True, description="evaluate after the last step")
-    max_tokens: int | None = Field(None, gt=0, description="positions evaluated of each source; null is all")
+    max_tokens: int | None = Field(
+        None, gt=0, description="positions evaluated of each source; null is all"
+    )
+    batch_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="positions a rank runs at once; null is train.micro_batch_tokens, or 16384",
+    )

@@ -1,17 +1,21 @@
 """The loop of every run: data, forward and backward, update, measure, evaluate, save.
 
 `fit` reads top to bottom and knows steps and phases, not models. Values of a step stay on the device until the
-accumulator is flushed, so a GPU is never waited for. What has to be agreed between ranks in every step (loss
-counts, the stop flag, the digest of the data) travels in one integer reduction on the host.
+accumulator is flushed, so a GPU is never waited for. What ranks have to agree on in every step (loss counts,
+the stop flag, the digest of the data) travels in one integer reduction on the host.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import time
 import zlib
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
 
 from ..models.errors import CheckpointError, TrainingError
 from ..models.task import Task
@@ -25,14 +29,11 @@ from .metrics.progress import Progress
 from .metrics.recorder import MetricsRecorder
 from .optimization.schedule import learning_rate
 from .policies import NonFinitePolicy, StopRequest, is_due
-from .seeding import rng_digest, rng_state
+from .seeding import rng_state
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+__all__ = ["Run", "TrainState", "fit", "save"]
 
-__all__ = ["Run", "TrainState", "fit"]
-
-DIGEST_BITS = 61
+GC_EVERY = 1000
 
 
 @dataclass
@@ -40,10 +41,12 @@ class TrainState:
     """The loop's own progress; goes into every checkpoint as it stands."""
 
     step: int = 0
+    samples: int = 0
     tokens: int = 0
     flops: float = 0.0
     seconds: float = 0.0
     non_finite_steps: int = 0
+    source_samples: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -60,11 +63,13 @@ class Run:
     progress: Progress
     state: TrainState
     evaluate: Callable[[], dict[str, Any]]
+    fixed_state: dict[str, Any]
+    """What every checkpoint says about the run besides its progress: fingerprints, configuration hash."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks found out together about this step, before any of it ran."""
+    """What all ranks found out together about a step before any of it ran."""
 
     counts: dict[str, int]
     target_bytes: int
@@ -81,46 +86,151 @@ def fit(run: Run, stop: StopRequest) -> str:
     Raises:
         TrainingError: the non-finite policy, or too many failed saves.
     """
-    config, state = run.config, run.state
-    accumulator = MetricsAccumulator()
-    non_finite = NonFinitePolicy(
-        config.train.non_finite, config.train.non_finite_budget, state.non_finite_steps
-    )
-    outcome, last_flush = "finished", time.perf_counter()
-    attempt_start = time.monotonic() - state.seconds
-    _tidy_garbage_collector()
-    while state.step < config.train.steps:
-        step_batch = run.loader.next_step()
-        agreed = _agree(run, step_batch, stop.is_asked(state.step))
-        if agreed.stop:
-            # The batch was not trained on, so the loader's position must not count it.
-            outcome = "stopped"
-            run.loader.give_back(step_batch)
-            break
-        step = state.step + 1
-        rate = learning_rate(
-            config.schedule, config.optimizer.lr, step, config.train.batch_tokens, config.train.steps
-        )
-        values = _train_step(run, step, step_batch, agreed, rate)
-        state.step = step
-        state.tokens += step_batch.rows * config.data.sequence_length
-        state.flops += run.flops_per_step
-        accumulator.add(step, {**values, **_host_values(run, step_batch, agreed, rate)})
+    config, state, accumulator = run.config, run.state, MetricsAccumulator()
+    policy = NonFinitePolicy(config.train.non_finite, config.train.non_finite_budget, state.non_finite_steps)
+    clock = _Clock(state.seconds)
+    outcome = "finished"
+    gc.collect()
+    # The collector runs at the same step on all ranks: left to itself one rank at a time would stall them all.
+    gc.disable()
+    try:
+        while state.step < config.train.steps:
+            step_batch = run.loader.next_step()
+            agreed = _agree(run, step_batch, stop.is_asked(state.step))
+            if agreed.stop:
+                outcome = "stopped"
+                break
+            step = state.step + 1
+            values = _train_step(run, step, step_batch, agreed)
+            _advance(state, run, step_batch)
+            accumulator.add(step, {**values, **clock.lap(step_batch.wait_s), **_progress_values(state)})
 
-        is_last = step == config.train.steps
-        wants_save = is_last or run.checkpoints.is_due(step)
-        wants_evaluation = is_due(config.eval.every, step) or (is_last and config.eval.at_end)
-        if is_due(config.logging.every, step) or wants_save or wants_evaluation:
-            state.seconds = time.monotonic() - attempt_start
-            last_flush = _flush(run, accumulator, non_finite, last_flush)
-        if wants_evaluation:
-            run.recorder.log(step, run.evaluate())
-        if wants_save:
-            save(run, kind="final" if is_last else "periodic")
-        run.progress.update(step)
+            is_last = step == config.train.steps
+            wants_save = is_last or is_due(config.checkpoint.every, step)
+            wants_evaluation = is_due(config.eval.every, step) or (is_last and config.eval.at_end)
+            if is_due(config.logging.every, step) or wants_save or wants_evaluation:
+                state.seconds = clock.total()
+                _flush(run, accumulator, policy)
+            if wants_evaluation:
+                run.recorder.log(step, run.evaluate())
+                clock.restart_lap()
+            if wants_save:
+                save(run, kind="final" if is_last else "periodic")
+                clock.restart_lap()
+            if is_due(GC_EVERY, step):
+                gc.collect()
+    finally:
+        gc.enable()
     if outcome == "stopped":
-        state.seconds = time.monotonic() - attempt_start
-        _flush(run, accumulator, non_finite, last_flush)
+        state.seconds = clock.total()
+        _flush(run, accumulator, policy)
         save(run, kind="final")
     run.checkpoints.wait()
     return outcome
+
+
+def _agree(run: Run, step_batch: StepBatch, wants_stop: bool) -> Agreement:
+    """Collective: the step's global counts, a digest of its data, and whether anyone wants to stop."""
+    names: list[str] = []
+    counts: dict[str, int] = {}
+    digest = target_bytes = 0
+    for batch in step_batch.micro_batches:
+        for name, count in run.task.counts(batch).items():
+            counts[name] = counts.get(name, 0) + count
+        target_bytes += batch.target_bytes
+        # A sum over rows: the same for any split of the step over ranks.
+        rows = batch.tokens.view(batch.rows, -1).numpy() if not batch.tokens.is_cuda else []
+        digest += sum(zlib.crc32(row) for row in rows)
+    names = sorted(counts)
+    summed = run.topology.sum_integers([*(counts[n] for n in names), target_bytes, digest, int(wants_stop)])
+    *totals, target_bytes, digest, stop = summed
+    return Agreement(dict(zip(names, totals, strict=True)), target_bytes, digest, stop > 0)
+
+
+def _train_step(run: Run, step: int, step_batch: StepBatch, agreed: Agreement) -> dict[str, Tensor | float | int]:
+    """Collective: every phase's gradient and update; values stay on the device."""
+    config = run.config
+    rate = learning_rate(config.schedule, config.optimizer.lr, step, config.train.batch_tokens, config.train.steps)
+    # A step whose every target is masked still runs; dividing by one keeps its zero loss zero.
+    counts = {name: max(1, count) for name, count in agreed.counts.items()}
+    values: dict[str, Tensor | float | int] = {}
+    for phase in run.task.phases(step):
+        sums = run.engine.forward_backward(phase, step_batch.micro_batches, counts)
+        means = {name: total / counts["tokens"] for name, total in run.engine.sum_over_ranks(sums).items()}
+        loss = next(iter(means.values()))
+        result = run.engine.step(phase, rate, loss)
+        prefix = "" if phase == "train" else f"{phase}/"
+        values |= {f"{prefix}{name}": mean for name, mean in means.items()}
+        values |= {f"{prefix}grad_norm": result.grad_norm, f"{prefix}skipped": result.skipped}
+    values |= {"lr": rate, "target_tokens": agreed.counts.get("tokens", 0), "target_bytes": agreed.target_bytes}
+    values |= {"data_digest": agreed.data_digest, "first_sample": step_batch.first_sample}
+    return values | {f"epoch/{name}": epoch for name, epoch in step_batch.epochs.items()}
+
+
+def _advance(state: TrainState, run: Run, step_batch: StepBatch) -> None:
+    length = run.config.data.sequence_length
+    state.step += 1
+    state.samples = step_batch.first_sample + step_batch.rows
+    state.tokens += step_batch.rows * length
+    state.flops += step_batch.rows * length * run.task.flops_per_token(length)
+    for name, count in step_batch.source_counts.items():
+        state.source_samples[name] = state.source_samples.get(name, 0) + count
+
+
+def _progress_values(state: TrainState) -> dict[str, float | int]:
+    sources = {f"source/{name}/samples": count for name, count in state.source_samples.items()}
+    return {"tokens": state.tokens, "flops": state.flops, "last_sample": state.samples - 1, **sources}
+
+
+def _flush(run: Run, accumulator: MetricsAccumulator, policy: NonFinitePolicy) -> None:
+    """Bring the values of the steps since the last flush to the host, and act on them."""
+    for record in accumulator.flush():
+        if record.get("target_bytes"):
+            nats = record["loss"] * record["target_tokens"]
+            record["bits_per_byte"] = nats / math.log(2) / record["target_bytes"]
+        run.recorder.log(record["step"], record)
+        run.progress.update(record)
+        policy.check(record)
+        run.state.non_finite_steps = policy.seen
+
+
+def save(run: Run, kind: str) -> None:
+    """Collective: hand the run's whole state to the checkpoint manager.
+
+    Raises:
+        TrainingError: too many saves in a row failed.
+    """
+    state = {
+        "step": run.state.step,
+        "train": asdict(run.state),
+        "engine": run.engine.scalar_state(),
+        **run.fixed_state,
+    }
+    try:
+        run.checkpoints.save(run.state.step, run.engine.state_shards(), state, rng_state(), kind=kind)
+        if kind == "final":
+            run.checkpoints.wait()
+    except CheckpointError as error:
+        if kind == "final" or run.checkpoints.failed_saves >= run.config.checkpoint.max_failed_saves:
+            raise TrainingError(f"step {run.state.step} could not be saved: {error}") from error
+        run.recorder.log(run.state.step, {"save_failed": str(error)})
+        run.progress.note(f"save of step {run.state.step} failed, will try again: {error}")
+
+
+class _Clock:
+    """Wall time of the run over all its attempts, and of each step."""
+
+    def __init__(self, earlier_s: float) -> None:
+        self._origin = time.monotonic() - earlier_s
+        self._lap = time.perf_counter()
+
+    def total(self) -> float:
+        return time.monotonic() - self._origin
+
+    def restart_lap(self) -> None:
+        self._lap = time.perf_counter()
+
+    def lap(self, wait_s: float) -> dict[str, float]:
+        now = time.perf_counter()
+        step_s, self._lap = now - self._lap, now
+        return {"step_s": step_s, "data_wait_s": wait_s, "seconds": self.total()}

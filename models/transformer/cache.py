@@ -1,30 +1,41 @@
-"""Keys and values of what was generated so far, as plain tensors a caller may edit between steps."""
+"""Keys and values of what was generated so far: plain tensors a caller may edit between steps."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import ConfigError
 from .config import Config
 
-__all__ = ["KVCache"]
+__all__ = ["KVCache", "LayerCache"]
 
 
 class KVCache:
-    """State of a batch of sequences under generation. B sequences, K key/value heads, hd head width.
+    """State of B sequences under generation, with K key/value heads of width hd.
 
     Attributes:
         keys, values: for each layer (B, capacity, K, hd).
         lengths: (B,) int64, positions filled in each sequence.
-        recent: (B, longest - 1) int64, the ids before the next one, newest last; what n-gram hashing needs.
+        recent: (B, longest - 1) int64, the ids before the next one, newest last; what n-gram
+            hashing needs.
         used: host integer, an upper bound of `lengths`.
     """
 
-    def __init__(self, config: Config, batch_size: int, capacity: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: Config,
+        batch_size: int,
+        capacity: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         shape = (batch_size, capacity, config.kv_heads, config.head_width)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.values = [
+            torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)
+        ]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         history = max(config.ngram.sizes) - 1 if config.ngram else 0
         self.recent = torch.zeros(batch_size, history, dtype=torch.int64, device=device)
@@ -38,11 +49,14 @@ class KVCache:
             ConfigError: the cache is full.
         """
         if self.used + count > self.capacity:
-            raise ConfigError(f"the cache holds {self.capacity} positions, {self.used + count} are needed; build it larger")
+            raise ConfigError(
+                f"the cache holds {self.capacity} positions, {self.used + count} are needed; "
+                "build it with a larger capacity"
+            )
         self.used += count
 
     def remember(self, tokens: Tensor, counts: Tensor) -> None:
-        """Note the newest ids of each sequence: `tokens` (B, t), of which `counts` (B,) are real."""
+        """Note the newest ids of each sequence: `tokens` (B, t), `counts` (B,) of them real."""
         if self.recent.shape[1]:
             joined = torch.cat((self.recent, tokens), dim=1)
             index = counts[:, None] + torch.arange(self.recent.shape[1], device=tokens.device)
@@ -54,3 +68,34 @@ class KVCache:
         self.keys = [k[rows] for k in self.keys]
         self.values = [v[rows] for v in self.values]
         self.lengths, self.recent = self.lengths[rows], self.recent[rows]
+
+
+class LayerCache:
+    """One layer of a cache and where its new positions go, for one forward.
+
+    Args:
+        cache: written in place.
+        layer: which one.
+        positions: (B, t) int64, of the new tokens, each below `cache.used`.
+    """
+
+    def __init__(self, cache: KVCache, layer: int, positions: Tensor) -> None:
+        self.cache = cache
+        self.layer = layer
+        self.positions = positions
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k, v (B, t, K, hd); attention of q (B, t, H, hd) up to each query's position."""
+        used, layer = self.cache.used, self.layer
+        sequences = torch.arange(len(q), device=q.device)[:, None]
+        self.cache.keys[layer][sequences, self.positions] = k.to(self.cache.keys[layer].dtype)
+        self.cache.values[layer][sequences, self.positions] = v.to(self.cache.values[layer].dtype)
+        keys, values = (
+            store[layer][:, :used].to(q.dtype) for store in (self.cache.keys, self.cache.values)
+        )
+        groups = q.shape[2] // k.shape[2]
+        if groups > 1:
+            keys, values = keys.repeat_interleave(groups, 2), values.repeat_interleave(groups, 2)
+        mask = torch.arange(used, device=q.device) <= self.positions[:, None, :, None]
+        q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
+        return scaled_dot_product_attention(q, keys, values, attn_mask=mask).transpose(1, 2)

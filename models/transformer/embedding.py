@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...kernels import ngram_hash, packed_windows
+from ...kernels import lookup_sum, ngram_hash, packed_windows
 from .config import Config, NgramConfig
 
 __all__ = ["NgramTables", "TokenEmbedding"]
@@ -32,8 +32,7 @@ class NgramTables(nn.Module):
         """Sum of the rows of every position: (longest, ...) ids to (..., d_model)."""
         c = self.config
         rows = ngram_hash(windows, c.sizes, c.rows, c.hash_functions)
-        summed = nn.functional.embedding_bag(rows.flatten(0, -2), self.weight, mode="sum", sparse=True)
-        return summed.unflatten(0, rows.shape[:-1])
+        return lookup_sum(self.weight, rows.flatten(0, -2)).unflatten(0, rows.shape[:-1])
 
 
 class TokenEmbedding(nn.Module):
@@ -52,7 +51,7 @@ class TokenEmbedding(nn.Module):
         return embedded + self.ngrams(windows).to(embedded.dtype)
 
     def windows(self, tokens: Tensor, position_ids: Tensor, row_length: int) -> Tensor | None:
-        """What the tables hash at every position; stops at documents, or at rows where the configuration says so."""
+        """What the tables hash at each position; ends at documents, or at rows if so configured."""
         if self.ngrams is None:
             return None
         reach = position_ids

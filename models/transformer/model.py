@@ -1,7 +1,8 @@
 """A decoder-only transformer over packed documents: OLMo 2, and Llama by configuration.
 
-T packed positions, d model width, H query heads, K key/value heads, hd head width, V vocabulary. Everything that
-touches weights happens inside `Transformer.forward`, so that sharding hooks see it.
+T packed positions, d model width, H query heads, K key/value heads, hd head width, V vocabulary.
+Everything that touches weights happens inside `Transformer.forward` and the blocks' own, so that
+sharding hooks see it.
 Source: OLMo 2 (arXiv 2501.00656) section 3; Llama 3 (arXiv 2407.21783) section 3.2.
 """
 
@@ -11,19 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, silu
 
 from ...kernels import (
     PackedLayout,
+    RotaryTable,
     apply_rotary,
+    attention_problem,
+    following_windows,
     linear_cross_entropy,
     packed_attention,
     rms_norm,
-    rotary_angles,
     rotary_frequencies,
+    rotary_table,
 )
 from ..batch import PackedBatch
-from .cache import KVCache
+from ..errors import ConfigError
+from .cache import KVCache, LayerCache
 from .config import Config
 from .embedding import TokenEmbedding
 
@@ -43,7 +48,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Queries, keys and values, normalised and rotated, around whichever attention the caller runs."""
+    """Normalised, rotated attention among documents of a batch, or after what is cached."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -58,7 +63,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.n_heads * hd if full else hd, config.norm_eps)
             self.k_norm = RMSNorm(config.kv_heads * hd if full else hd, config.norm_eps)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:
         """(..., d) to q (..., H, hd), k and v (..., K, hd)."""
         norm, width = self.config.qk_norm, self.config.head_width
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -67,25 +72,15 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, width)) for t in (q, k, v))
         if norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
+        return apply_rotary(q, rotary), apply_rotary(k, rotary), v
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout) -> Tensor:
-        q, k, v = self.project(x, cos, sin)
-        return self.o_proj(packed_attention(q, k, v, layout, self.config.attention).flatten(-2))
-
-    def forward_cached(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, layer: int, positions: Tensor) -> Tensor:
-        """(B, t, d) new positions against everything cached, themselves included."""
-        q, k, v = self.project(x, cos, sin)
-        rows = torch.arange(len(x), device=x.device)[:, None]
-        cache.keys[layer][rows, positions] = k.to(cache.keys[layer].dtype)
-        cache.values[layer][rows, positions] = v.to(cache.values[layer].dtype)
-        keys, values = (t[layer][:, : cache.used].transpose(1, 2).to(q.dtype) for t in (cache.keys, cache.values))
-        groups = self.config.n_heads // self.config.kv_heads
-        if groups > 1:
-            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-        mask = torch.arange(cache.used, device=x.device) <= positions[:, None, :, None]
-        out = scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask)
-        return self.o_proj(out.transpose(1, 2).flatten(-2))
+    def forward(self, x: Tensor, rotary: RotaryTable, context: PackedLayout | LayerCache) -> Tensor:
+        q, k, v = self.project(x, rotary)
+        if isinstance(context, LayerCache):
+            attended = context.attend(q, k, v)
+        else:
+            attended = packed_attention(q, k, v, context, self.config.attention)
+        return self.o_proj(attended.flatten(-2))
 
 
 class MLP(nn.Module):
@@ -102,7 +97,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP with residuals; the norms stand on the outputs (reordered) or on the inputs (pre)."""
+    """Attention and MLP with residuals; norms stand on their outputs (reordered) or inputs (pre).
+
+    `context` is what positions attend to: a packed batch's layout, for x (T, d), or a layer of a
+    cache, for x (B, t, d).
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -112,18 +111,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryTable, context: PackedLayout | LayerCache) -> Tensor:
         if self.is_reordered:
-            x = x + self.attention_norm(self.attention(x, cos, sin, layout))
+            x = x + self.attention_norm(self.attention(x, rotary, context))
             return x + self.mlp_norm(self.mlp(x))
-        x = x + self.attention(self.attention_norm(x), cos, sin, layout)
-        return x + self.mlp(self.mlp_norm(x))
-
-    def forward_cached(self, x: Tensor, *place: Any) -> Tensor:
-        if self.is_reordered:
-            x = x + self.attention_norm(self.attention.forward_cached(x, *place))
-            return x + self.mlp_norm(self.mlp(x))
-        x = x + self.attention.forward_cached(self.attention_norm(x), *place)
+        x = x + self.attention(self.attention_norm(x), rotary, context)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -136,7 +128,9 @@ class Transformer(nn.Module):
         self.embedding = TokenEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head: nn.Linear | None = None
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:
@@ -146,64 +140,78 @@ class Transformer(nn.Module):
         """Losses or logits of a packed batch, or logits of new positions against a cache.
 
         Args:
-            batch: a packed batch; with `output="cached"`, (B, t) int64 ids and the arguments of `forward_cached`.
-            output: `losses` gives `{"cross_entropy", "z_loss"}`, () fp32 sums over the counted targets; `logits` (T, V) fp32.
+            batch: a packed batch; or (B, t) int64 ids, with the other arguments of
+                `forward_cached`, which comes this way so that hooks on the root run.
+            output: `losses` gives `{"cross_entropy", "z_loss"}`, () fp32 sums over the counted
+                targets; `logits` (T, V) fp32.
+
+        Raises:
+            ConfigError: the configured attention does not run on this device and type.
         """
-        if output == "cached":
+        if isinstance(batch, Tensor):
             return self._forward_cached(batch, **cached)
-        layout = PackedLayout(batch.cu_seqlens, batch.position_ids, batch.max_seqlen, batch.row_length)
-        cos, sin = self._angles(batch.position_ids)
+        layout = PackedLayout(
+            batch.cu_seqlens, batch.position_ids, batch.max_seqlen, batch.row_length
+        )
+        layout.prepare(self.config.attention)
+        rotary = self._rotary(batch.position_ids)
         windows = self.embedding.windows(batch.tokens, batch.position_ids, batch.row_length)
         x = self.embedding(batch.tokens, windows)
+        self._check_attention(x)
         for block in self.blocks:
-            x = block(x, cos, sin, layout)
+            x = block(x, rotary, layout)
         x = self.norm(x)
         if output == "logits":
             return linear(x, self.head_weight).float()
-        entropy, z = linear_cross_entropy(x, self.head_weight, batch.targets, self.config.loss_chunk_tokens)
+        entropy, z = linear_cross_entropy(
+            x, self.head_weight, batch.targets, self.config.loss_chunk_tokens
+        )
         return {"cross_entropy": entropy, "z_loss": z}
 
-    def forward_cached(self, tokens: Tensor, cache: KVCache, counts: Tensor | None = None) -> Tensor:
+    def forward_cached(self, tokens: Tensor, new_lengths: Tensor | None, cache: KVCache) -> Tensor:
         """Logits of new positions after what the cache holds; fills and advances the cache.
 
         Args:
             tokens: (B, t) int64, padded on the right with anything.
+            new_lengths: (B,) int64, how many of each sequence's tokens are real; None is all.
             cache: of this batch.
-            counts: (B,) int64, how many of each sequence's tokens are real; None is all.
 
         Returns:
-            (B, t, V) fp32; rows past a sequence's count mean nothing.
-        """
-        return self(tokens, output="cached", cache=cache, counts=counts)
+            (B, t, V) fp32; rows past a sequence's new length mean nothing.
 
-    def _forward_cached(self, tokens: Tensor, cache: KVCache, counts: Tensor | None) -> Tensor:
+        Raises:
+            ConfigError: the cache is full.
+        """
+        return self(tokens, new_lengths=new_lengths, cache=cache)
+
+    def _forward_cached(self, tokens: Tensor, new_lengths: Tensor | None, cache: KVCache) -> Tensor:
         batch, length = tokens.shape
-        if counts is None:
-            counts = torch.full((batch,), length, dtype=torch.int64, device=tokens.device)
+        if new_lengths is None:
+            new_lengths = torch.full((batch,), length, dtype=torch.int64, device=tokens.device)
         cache.reserve(length)
         positions = cache.lengths[:, None] + torch.arange(length, device=tokens.device)
-        cos, sin = self._angles(positions)
-        x = self.embedding(tokens, self._cached_windows(tokens, cache, positions))
+        rotary = self._rotary(positions)
+        has_ngrams = self.embedding.ngrams is not None
+        windows = following_windows(cache.recent, tokens) if has_ngrams else None
+        x = self.embedding(tokens, windows)
         for layer, block in enumerate(self.blocks):
-            x = block.forward_cached(x, cos, sin, cache, layer, positions)
-        cache.remember(tokens, counts)
+            x = block(x, rotary, LayerCache(cache, layer, positions))
+        cache.remember(tokens, new_lengths)
         return linear(self.norm(x), self.head_weight).float()
 
-    def _cached_windows(self, tokens: Tensor, cache: KVCache, positions: Tensor) -> Tensor | None:
-        tables = self.embedding.ngrams
-        if tables is None:
-            return None
-        joined = torch.cat((cache.recent, tokens), dim=1)
-        count, longest = tokens.shape[1], tables.longest
-        rows = [joined[:, longest - 1 - lag : longest - 1 - lag + count] for lag in range(longest)]
-        lags = torch.arange(longest, device=tokens.device)[:, None, None]
-        return torch.where(lags <= positions, torch.stack(rows), 0)
+    def _check_attention(self, x: Tensor) -> None:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        problem = attention_problem(self.config.attention, x.device, dtype, x.requires_grad)
+        if problem:
+            raise ConfigError(f"model.attention={self.config.attention}: {problem}")
 
-    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary(self, positions: Tensor) -> RotaryTable:
         c = self.config
         stretch = c.rope_scaling.model_dump() if c.rope_scaling else {}
         # Rederived in each forward: a buffer would hold garbage after meta-device construction.
-        frequencies = rotary_frequencies(c.head_width, c.rope_theta, device=positions.device, **stretch)
-        if self.norm.weight.dtype == torch.float64:
-            frequencies = frequencies.double()
-        return rotary_angles(positions, frequencies)
+        dtype = torch.promote_types(self.norm.weight.dtype, torch.float32)
+        frequencies = rotary_frequencies(
+            c.head_width, c.rope_theta, device=positions.device, dtype=dtype, **stretch
+        )
+        return rotary_table(positions, frequencies)

@@ -18,7 +18,7 @@ TABLES = "embedding.ngrams.weight"
 
 
 class TransformerTask(Task):
-    """One network called `model`; decay on everything but the input embedding (OLMo 2, section 3.3.4)."""
+    """One network, `model`; decay on all but the input embedding (OLMo 2, section 3.3.4)."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -56,7 +56,9 @@ class TransformerTask(Task):
     def counts(self, batch: PackedBatch) -> dict[str, int]:
         return {"tokens": batch.target_count}
 
-    def losses(self, networks: Mapping[str, nn.Module], batch: PackedBatch, phase: str = "train") -> LossOutput:
+    def losses(
+        self, networks: Mapping[str, nn.Module], batch: PackedBatch, phase: str = "train"
+    ) -> LossOutput:
         sums = networks["model"](batch)
         return LossOutput(
             {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from weft.models.batch import IGNORED, PackedBatch
 
 

@@ -1,20 +1,21 @@
-"""The transformer against transformers' Olmo2 and Llama, and against itself packed, cached, chunked and in parts."""
+"""The transformer against transformers' Olmo2, Llama and Qwen3, and itself packed and chunked."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from packing import packed
 from torch import nn
-
-from weft.models import build_model, build_task
-from weft.models.initialise import fill_range
-from weft.models.task import InitSpec
-from weft.models.transformer.cache import KVCache
+from weft.models import build_model
+from weft.models.errors import ConfigError
 from weft.models.transformer.config import Config, NgramConfig, RopeScalingConfig
 from weft.models.transformer.hugging_face import to_hugging_face_name
 
-TINY = dict(vocab_size=64, n_layers=2, d_model=32, n_heads=4, d_ff=48, init_std=0.2)
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+TINY = {"vocab_size": 64, "n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 48, "init_std": 0.2}
 NGRAMS = NgramConfig(sizes=(2, 3, 5), rows=97, init_std=0.3)
 
 
@@ -22,19 +23,19 @@ def peer(config: Config, model: nn.Module) -> nn.Module:
     """transformers' model of the same shape holding the same weights."""
     import transformers
 
-    common = dict(
-        vocab_size=config.vocab_size,
-        hidden_size=config.d_model,
-        intermediate_size=config.d_ff,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.kv_heads,
-        rms_norm_eps=config.norm_eps,
-        tie_word_embeddings=config.tie_embeddings,
-        attention_bias=False,
-        max_position_embeddings=131072,
-        pad_token_id=None,
-    )
+    common = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "max_position_embeddings": 131072,
+        "pad_token_id": None,
+    }
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling:
         s = config.rope_scaling
@@ -46,8 +47,12 @@ def peer(config: Config, model: nn.Module) -> nn.Module:
             "original_max_position_embeddings": s.original_max_positions,
         }
     kind = "Olmo2" if config.norm == "reordered" else "Llama"
+    if config.qk_norm == "head":
+        kind, common = "Qwen3", common | {"head_dim": config.head_width}
     theirs = getattr(transformers, f"{kind}ForCausalLM")(
-        getattr(transformers, f"{kind}Config")(**common, rope_parameters=rope, attn_implementation="eager")
+        getattr(transformers, f"{kind}Config")(
+            **common, rope_parameters=rope, attn_implementation="eager"
+        )
     )
     weights = {to_hugging_face_name(name, config): p for name, p in model.state_dict().items()}
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
@@ -60,6 +65,7 @@ CASES = {
     "olmo2": Config(**TINY),
     "olmo2 gqa": Config(**TINY, n_kv_heads=2),
     "llama": Config(**TINY, norm="pre", qk_norm="none", norm_eps=1e-5),
+    "qwen3": Config(**TINY, norm="pre", qk_norm="head", n_kv_heads=2, head_dim=12),
     "llama3 gqa stretched tied": Config(
         **TINY,
         norm="pre",
@@ -84,7 +90,7 @@ def test_logits_equal_transformers(name: str) -> None:
     with torch.no_grad():
         ours = model(packed(tokens, [96], 96), output="logits")
         theirs = peer(config, model)(tokens[None]).logits[0]
-    assert ours.abs().max() > 2
+    assert 2 < ours.abs().max() < 20
     assert (ours - theirs).abs().max() < 2e-5
 
 
@@ -97,7 +103,8 @@ def test_packed_documents_equal_each_alone(backend: str, ngram: NgramConfig | No
     with torch.no_grad():
         together = model(packed(tokens, lengths, 16), output="logits")
         alone = [
-            model(packed(piece, [len(piece)], len(piece)), output="logits") for piece in tokens.split(lengths)
+            model(packed(piece, [len(piece)], len(piece)), output="logits")
+            for piece in tokens.split(lengths)
         ]
     torch.testing.assert_close(together, torch.cat(alone), atol=2e-5, rtol=1e-5)
 
@@ -115,57 +122,6 @@ def test_nothing_of_one_document_reaches_another() -> None:
     assert torch.equal(before[10:], after[10:])
 
 
-@pytest.mark.parametrize("ngram", [None, NGRAMS])
-def test_cached_forward_equals_full_with_ragged_prompts(ngram: NgramConfig | None) -> None:
-    config = Config(**TINY, n_kv_heads=2, ngram=ngram)
-    model = build_model(config)
-    sequences = [torch.randint(0, 64, (n,)) for n in (9, 4, 1)]
-    prompts = [s[: max(1, len(s) - 3)] for s in sequences]
-    counts = torch.tensor([len(p) for p in prompts])
-    padded = torch.zeros(3, int(counts.max()), dtype=torch.int64)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    cache = KVCache(config, 3, 16)
-    with torch.no_grad():
-        logits = model.forward_cached(padded, cache, counts)
-        collected = [[*logits[i, :n]] for i, n in enumerate(counts)]
-        for step in range(3):
-            ids = torch.stack([s[min(len(p) + step, len(s) - 1)] for s, p in zip(sequences, prompts, strict=True)])
-            logits = model.forward_cached(ids[:, None], cache)
-            for i in range(3):
-                collected[i].append(logits[i, 0])
-        for i, s in enumerate(sequences):
-            full = model(packed(s, [len(s)], len(s)), output="logits")
-            torch.testing.assert_close(torch.stack(collected[i])[: len(s)], full, atol=2e-5, rtol=1e-5)
-
-
-PUBLISHED = {
-    1_484_916_736: dict(n_layers=16, d_model=2048, n_heads=16, d_ff=8192),
-    7_298_617_344: dict(n_layers=32, d_model=4096, n_heads=32, d_ff=11008),
-    13_716_198_400: dict(n_layers=40, d_model=5120, n_heads=40, d_ff=13824),
-    32_234_279_936: dict(n_layers=64, d_model=5120, n_heads=40, n_kv_heads=8, d_ff=27648),
-}
-
-
-@pytest.mark.parametrize("count", PUBLISHED)
-def test_parameter_counts_are_the_published_ones(count: int) -> None:
-    config = Config(**PUBLISHED[count])
-    with torch.device("meta"):
-        network = build_task(config).build_networks()["model"]
-    assert sum(p.numel() for p in network.parameters()) == count
-    assert sum(config.count_parameters().values()) == count
-
-
-def test_groups_hold_every_parameter_once_and_decay_all_but_the_embedding() -> None:
-    task = build_task(Config(**TINY, ngram=NGRAMS))
-    networks = task.build_networks()
-    groups = task.parameter_groups(networks)
-    names = [name for group in groups for name in group.parameters]
-    assert sorted(names) == sorted(f"model/{n}" for n, _ in networks["model"].named_parameters())
-    undecayed = {name for group in groups if not group.weight_decay for name in group.parameters}
-    assert undecayed == {"model/embedding.tokens.weight", "model/embedding.ngrams.weight"}
-
-
 def test_loss_terms_and_chunks() -> None:
     config = Config(**TINY)
     model, tokens = build_model(config), torch.randint(0, 64, (32,))
@@ -174,8 +130,10 @@ def test_loss_terms_and_chunks() -> None:
     logits = model(batch, output="logits").detach().double()
     kept = batch.targets >= 0
     expected = nn.functional.cross_entropy(logits[kept], batch.targets[kept], reduction="sum")
-    assert sums["cross_entropy"].double() == pytest.approx(expected.item(), rel=1e-6)
-    assert sums["z_loss"].item() == pytest.approx((logits[kept].logsumexp(-1) ** 2).sum().item(), rel=1e-6)
+    assert sums["cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sums["z_loss"].item() == pytest.approx(
+        (logits[kept].logsumexp(-1) ** 2).sum().item(), rel=1e-6
+    )
     (sums["cross_entropy"] + 0.1 * sums["z_loss"]).backward()
     whole = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -203,31 +161,84 @@ def test_ngram_gradient_is_sparse_and_equals_dense() -> None:
             with torch.no_grad():
                 table.copy_(base + sign * 1e-2 * direction)
                 values.append(model(batch)["cross_entropy"].double().item())
-        assert (values[0] - values[1]) / 2e-2 == pytest.approx((sparse * direction).sum().item(), rel=2e-2, abs=2e-2)
+        assert (values[0] - values[1]) / 2e-2 == pytest.approx(
+            (sparse * direction).sum().item(), rel=2e-2, abs=2e-2
+        )
 
 
-def test_start_values_do_not_depend_on_the_split() -> None:
-    count = (1 << 18) + 1000
-    spec = InitSpec(std=0.02, cut=3.0)
-    whole = torch.empty(count)
-    fill_range(whole, spec, seed=3, name="a")
-    cut = [100, 1 << 18, (1 << 18) + 5]
-    parts = [torch.empty(b - a) for a, b in zip([0, *cut], [*cut, count], strict=True)]
-    for part, start in zip(parts, [0, *cut], strict=True):
-        fill_range(part, spec, seed=3, name="a", start=start)
-    assert torch.equal(torch.cat(parts), whole)
-    assert whole.abs().max() <= 0.06
-    assert whole.std().item() == pytest.approx(0.02 * 0.9866, rel=0.01)
-    other = torch.empty(count)
-    fill_range(other, spec, seed=3, name="b")
-    assert not torch.equal(other, whole)
+def test_all_gradients_equal_finite_differences() -> None:
+    config = Config(**TINY, n_kv_heads=2, ngram=NGRAMS, loss_chunk_tokens=5)
+    model = build_model(config).double()
+    batch = packed(torch.randint(0, 64, (24,)), [5, 7, 12], 12)
+
+    def objective() -> torch.Tensor:
+        sums = model(batch)
+        return sums["cross_entropy"] + 0.1 * sums["z_loss"]
+
+    objective().backward()
+    for name, parameter in model.named_parameters():
+        direction, base = torch.randn_like(parameter), parameter.detach().clone()
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.copy_(base + sign * 1e-6 * direction)
+                values.append(objective().item())
+        with torch.no_grad():
+            parameter.copy_(base)
+        slope = (parameter.grad.to_dense() * direction).sum().item()
+        assert (values[0] - values[1]) / 2e-6 == pytest.approx(slope, rel=1e-5, abs=1e-5), name
 
 
-def test_bf16_and_compiled_blocks_stay_close() -> None:
-    model, tokens = build_model(Config(**{**TINY, "init_std": 0.1})), torch.randint(0, 64, (32,))
-    batch = packed(tokens, [20, 12], 32)
-    exact = model(batch)["cross_entropy"]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = model(batch)["cross_entropy"]
-    assert rough.dtype == torch.float32
-    assert rough.item() == pytest.approx(exact.item(), rel=2e-2)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_losses_do_not_depend_on_the_packing(data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=5))
+    model = build_model(Config(**TINY, ngram=NGRAMS))
+    pieces = [torch.randint(0, 64, (n,)) for n in lengths]
+    with torch.no_grad():
+        together = model(packed(torch.cat(pieces), lengths, sum(lengths)))
+        order = data.draw(st.permutations(range(len(lengths))))
+        shuffled = model(
+            packed(torch.cat([pieces[i] for i in order]), [lengths[i] for i in order], sum(lengths))
+        )
+        alone = [model(packed(piece, [len(piece)], len(piece))) for piece in pieces]
+    for term, total in together.items():
+        expected = sum(losses[term].item() for losses in alone)
+        assert total.item() == pytest.approx(expected, rel=1e-5, abs=1e-4)
+        assert shuffled[term].item() == pytest.approx(expected, rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("resets", [True, False])
+def test_ngrams_cross_documents_only_where_asked_and_rows_never(resets: bool) -> None:
+    ngram = NGRAMS.model_copy(update={"reset_at_documents": resets})
+    model = build_model(Config(**TINY, ngram=ngram))
+    tokens = torch.randint(1, 32, (24,))
+    changed = tokens.clone()
+    changed[[5, 11]] = 40  # the last of a document inside a row, and the last of the first row
+    with torch.no_grad():
+        before, after = (
+            model(packed(ids, [6, 6, 12], 12), output="logits") for ids in (tokens, changed)
+        )
+    is_same = (before == after).all(1)
+    assert is_same[6].item() is resets
+    assert is_same[12:].all()
+    assert not is_same[5]
+
+
+def test_learns_a_sequence_by_heart() -> None:
+    model = build_model(Config(**{**TINY, "init_std": 0.05}))
+    batch = packed(torch.randint(0, 64, (64,)), [40, 24], 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(batch)["cross_entropy"] / batch.target_count
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+def test_attention_that_cannot_run_here_is_a_user_error() -> None:
+    batch = packed(torch.randint(0, 64, (16,)), [16], 16)
+    for backend, message in (("varlen", "needs CUDA"), ("flex", "no gradient on the CPU")):
+        with pytest.raises(ConfigError, match=f"model.attention={backend}: .*{message}.*use auto"):
+            build_model(Config(**TINY, attention=backend))(batch)

@@ -14,11 +14,19 @@ __all__ = ["RunConfig", "TrainConfig"]
 class RunConfig(Section):
     """The run itself."""
 
-    name: str = Field("run", min_length=1, description="name of the run; its folder is runs/NAME unless run.dir is set")
+    name: str = Field(
+        "run",
+        min_length=1,
+        description="name of the run; its folder is runs/NAME unless run.dir is set",
+    )
     dir: str | None = Field(None, description="run folder; null is runs/NAME")
     seed: int = Field(0, ge=0, description="everything random derives from it")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is CUDA where there is one")
-    threads: int | None = Field(None, gt=0, description="CPU threads of one rank; null leaves it to torch")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto is CUDA where there is one"
+    )
+    threads: int | None = Field(
+        None, gt=0, description="CPU threads of one rank; null leaves it to torch"
+    )
 
     @property
     def folder(self) -> str:
@@ -34,6 +42,7 @@ class TrainConfig(Section):
         None, gt=0, description="positions a rank runs at once; null is its whole share"
     )
     non_finite: Literal["stop", "skip"] = Field(
-        "stop", description="what follows a loss or gradient that is not a number; its update is always withheld"
+        "stop",
+        description="what follows a loss or gradient that is not a number; its update is always withheld",
     )
     non_finite_budget: int = Field(10, ge=0, description="such steps that skip puts up with")

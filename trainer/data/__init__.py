@@ -1,4 +1,7 @@
-"""Data: sources prepared into shards, an order that is a function, packed batches. Names load on use."""
+"""Data: sources prepared into shards, an order that is a function, packed batches.
+
+Names load on use, so that configurations load without torch.
+"""
 
 from __future__ import annotations
 

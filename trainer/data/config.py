@@ -16,32 +16,57 @@ SourceFormat = Literal["auto", "text", "jsonl", "parquet", "tokens", "prepared"]
 class SourceConfig(Section):
     """One named source of a mixture."""
 
-    name: str = Field(..., min_length=1, pattern=r"^[\w.-]+$", description="appears in metrics and evaluations")
+    name: str = Field(
+        ..., min_length=1, pattern=r"^[\w.-]+$", description="appears in metrics and evaluations"
+    )
     path: str = Field(
-        ..., min_length=1, description="file, folder, glob, prepared dataset, or builtin:NAME (builtin:python-stdlib)"
+        ...,
+        min_length=1,
+        description="file, folder, glob, prepared dataset, or builtin:NAME (builtin:python-stdlib)",
     )
     format: SourceFormat = Field("auto", description="how to read it; auto goes by the file names")
-    text_key: str = Field("text", min_length=1, description="field that holds the text in JSONL and Parquet")
-    extensions: tuple[str, ...] = Field((), description="file endings a folder of text is limited to; empty is all text")
-    token_dtype: Literal["uint16", "uint32"] = Field("uint32", description="type of headerless token files")
-    weight: float | None = Field(None, gt=0, description="share of the samples; null is in proportion to size")
-    max_epochs: float | None = Field(None, gt=0, description="refuse to repeat the source more often than this")
+    text_key: str = Field(
+        "text", min_length=1, description="field that holds the text in JSONL and Parquet"
+    )
+    extensions: tuple[str, ...] = Field(
+        (), description="file endings a folder of text is limited to; empty is all text"
+    )
+    token_dtype: Literal["uint16", "uint32"] = Field(
+        "uint32", description="type of headerless token files"
+    )
+    weight: float | None = Field(
+        None, gt=0, description="share of the samples; null is in proportion to size"
+    )
+    max_epochs: float | None = Field(
+        None, gt=0, description="refuse to repeat the source more often than this"
+    )
 
 
 class HeldOutConfig(Section):
-    """Documents kept out of training, chosen by a hash of their name (files) or their text (records)."""
+    """Documents kept out of training, chosen by a hash of their name (files) or their text
+    (records).
+    """
 
     documents: int = Field(
-        20, ge=0, le=4096, description="documents held out of each source, at most a tenth of them; prepared datasets bring their own"
+        20,
+        ge=0,
+        le=4096,
+        description="documents held out of a source, at most a tenth; prepared datasets bring theirs",
     )
-    min_bytes: int = Field(0, ge=0, description="only documents of at least this many bytes are held out")
-    max_bytes: int | None = Field(None, gt=0, description="only documents of at most this many bytes are held out")
+    min_bytes: int = Field(
+        0, ge=0, description="only documents of at least this many bytes are held out"
+    )
+    max_bytes: int | None = Field(
+        None, gt=0, description="only documents of at most this many bytes are held out"
+    )
 
 
 class RepeatFilterConfig(Section):
     """Sequences with long runs of a repeated n-gram carry no loss (OLMo 2, section 3.3.1)."""
 
-    enabled: bool = Field(True, description="mask the targets of such sequences; they keep their place in the order")
+    enabled: bool = Field(
+        True, description="mask the targets of such sequences; they keep their place in the order"
+    )
     min_period: int = Field(1, ge=1, description="shortest repeated n-gram, in tokens")
     max_period: int = Field(13, ge=1, description="longest repeated n-gram, in tokens")
     max_count: int = Field(32, ge=2, description="repeats that trigger the filter")
@@ -57,17 +82,28 @@ class DataConfig(Section):
     """What is trained on, and in which pieces."""
 
     sources: tuple[SourceConfig, ...] = Field((), description="sources of the mixture")
-    vocabulary: str = Field("bytes", description="bytes, or hf:PATH of a folder with tokenizer.json")
+    vocabulary: str = Field(
+        "bytes", description="bytes, or hf:PATH of a folder with tokenizer.json"
+    )
     sequence_length: int = Field(4096, ge=2, description="positions of one sample, in tokens")
     held_out: HeldOutConfig = Field(HeldOutConfig(), description="documents kept for evaluation")
-    repeat_filter: RepeatFilterConfig = Field(RepeatFilterConfig(), description="instance filter in the loader")
-    drop_repetitive_documents: bool = Field(
-        False, description="leave documents with such runs out when preparing (OLMo 2's curation filter)"
+    repeat_filter: RepeatFilterConfig = Field(
+        RepeatFilterConfig(), description="instance filter in the loader"
     )
-    cache_dir: str | None = Field(None, description="where prepared sources are kept; null is WEFT_CACHE or ~/.cache/weft")
-    prepare_workers: int | None = Field(None, ge=1, description="processes that prepare; null is one a core")
+    drop_repetitive_documents: bool = Field(
+        False,
+        description="leave documents with such runs out when preparing (OLMo 2's curation filter)",
+    )
+    cache_dir: str | None = Field(
+        None, description="where prepared sources are kept; null is WEFT_CACHE or ~/.cache/weft"
+    )
+    prepare_workers: int | None = Field(
+        None, ge=1, description="processes that prepare; null is one a core"
+    )
     prefetch_steps: int = Field(4, ge=1, description="steps assembled ahead in the background")
-    allow_changed: bool = Field(False, description="resume although a dataset's fingerprint changed")
+    allow_changed: bool = Field(
+        False, description="resume although a dataset's fingerprint changed"
+    )
 
     @field_validator("sources")
     @classmethod
@@ -83,7 +119,10 @@ class DataConfig(Section):
     def _all_or_no_weights(cls, sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
         bare = [source.name for source in sources if source.weight is None]
         if bare and len(bare) < len(sources):
-            raise ValueError(f"some sources have a weight and {bare[0]!r} has none; give all of them one, or none")
+            raise ValueError(
+                f"some sources have a weight and {bare[0]!r} has none; give all of them one, or "
+                "none"
+            )
         return sources
 
     @field_validator("vocabulary")

@@ -1,213 +1,310 @@
-"""Prepared sources as token streams one can read anywhere in, split into training and held-out documents.
+"""Opens what a recipe's data section names: prepares raw sources once, then maps them.
 
-Held-out documents stay in the shards they were prepared into; a stream is the list of stretches
-between them. `open_data` prepares what is not prepared yet.
+Rank 0 prepares while the others wait; its errors reach them. The result knows its fingerprint, so
+that a run is never resumed on other data without being told.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...models.errors import DataError, WeftError
-from ..distributed import Topology
 from .config import DataConfig, SourceConfig
-from .prepare import MANIFEST, default_folder, prepare_source
+from .order import SampleOrder, SourceShare
+from .prepare import plan_preparation, prepare_source
+from .shards import Manifest, read_manifest
+from .stream import TokenStream
 from .vocabulary import Vocabulary, open_vocabulary
 
-__all__ = ["Dataset", "Source", "TokenStream", "open_data"]
+if TYPE_CHECKING:
+    from ..distributed import Topology
 
+__all__ = ["Dataset", "Source", "cache_folder", "open_data"]
 
-class TokenStream:
-    """The ids of some documents of a source, end to end, without loading them.
-
-    Args:
-        folder: of the prepared dataset.
-        shards: the manifest's entries.
-        stretches: (n, 3) int64: shard, first id, one past the last; whole documents.
-    """
-
-    def __init__(self, folder: Path, shards: Sequence[dict[str, Any]], stretches: np.ndarray) -> None:
-        self.folder, self.shards = folder, shards
-        self.stretches = stretches
-        lengths = stretches[:, 2] - stretches[:, 1]
-        self.ends = lengths.cumsum()
-        self.starts = self.ends - lengths
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - a memory map a shard, for as long as the stream
-    def _shard(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        shard = self.shards[number]
-        path = self.folder / shard["data"]
-        try:
-            ids = np.memmap(path, shard["dtype"], mode="r", offset=shard["offset"], shape=(shard["tokens"],))
-            ends = np.load(self.folder / f"shard-{number:05d}.index.npy", mmap_mode="r")[:, 0]
-        except (OSError, ValueError) as error:
-            raise DataError(f"shard {path} is missing or shorter than its manifest says ({error}); prepare the dataset again") from error
-        return ids, ends
-
-    def read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids `[start, start + count)` as int64, and the places in (0, count] where a document ends."""
-        pieces, borders, position = [], [], start
-        place = int(np.searchsorted(self.ends, start, side="right"))
-        while position < start + count:
-            shard, first, _ = (int(v) for v in self.stretches[place])
-            ids, ends = self._shard(shard)
-            low = first + position - int(self.starts[place])
-            high = min(low + start + count - position, int(self.stretches[place, 2]))
-            pieces.append(ids[low:high])
-            found = ends[np.searchsorted(ends, low, side="right") : np.searchsorted(ends, high, side="right")]
-            borders.append(found - low + (position - start))
-            position += high - low
-            place += 1
-        return np.concatenate(pieces).astype(np.int64), np.concatenate(borders)
-
-    def document_lengths(self) -> np.ndarray:
-        """(D,) int64."""
-        found = []
-        for shard, first, last in self.stretches.tolist():
-            ends = self._shard(shard)[1]
-            inside = ends[np.searchsorted(ends, first, side="right") : np.searchsorted(ends, last, side="right")]
-            found.append(np.diff(inside, prepend=first))
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+# Well below any collective's time limit, so that ranks that wait for a long preparation live.
+HEARTBEAT_S = 20.0
 
 
 @dataclass(frozen=True)
 class Source:
-    """One named source: its training documents, its held-out ones, and what is known of them."""
+    """One prepared source.
+
+    Args:
+        train: ids that are trained on.
+        held_out: ids of the documents kept for evaluation.
+        sequences: samples of one pass.
+    """
 
     name: str
+    index: int
+    config: SourceConfig
+    folder: Path
+    manifest: Manifest
     train: TokenStream
     held_out: TokenStream
-    manifest: dict[str, Any]
-    weight: float | None = None
-    max_epochs: float | None = None
-
-    def sequences(self, sequence_length: int) -> int:
-        """Training sequences; each reads one id more than it has positions, for its last target."""
-        return max(0, (len(self.train) - 1) // sequence_length)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """All sources of a run."""
-
-    config: DataConfig
-    vocabulary: Vocabulary
-    sources: tuple[Source, ...]
+    sequences: int
 
     @property
-    def fingerprints(self) -> dict[str, str]:
-        return {source.name: source.manifest["fingerprint"] for source in self.sources}
+    def held_out_bytes(self) -> int:
+        return sum(size for _, _, size in self.manifest.held_out)
 
-    def check_fingerprints(self, saved: dict[str, str]) -> None:
-        """Refuse to go on with data that is not what the run has seen so far.
+    def document_lengths(self) -> NDArray[np.int64]:
+        """(documents,) ids of every document, held-out ones included."""
+        parts = [np.diff(shard.open_ends(self.folder), prepend=0) for shard in self.manifest.shards]
+        return np.concatenate(parts)
+
+    def held_out_documents(self) -> Iterator[NDArray[Any]]:
+        """(N,) ids of each held-out document."""
+        for shard_number, document, _ in self.manifest.held_out:
+            shard = self.manifest.shards[shard_number]
+            start, stop = _document_span(shard.open_ends(self.folder), document)
+            yield shard.open_ids(self.folder)[start:stop]
+
+
+class Dataset:
+    """All sources of a run, and what they were when it started."""
+
+    def __init__(self, config: DataConfig, vocabulary: Vocabulary, sources: list[Source]) -> None:
+        self.config = config
+        self.vocabulary = vocabulary
+        self.sources = sources
+        self.sequence_length = config.sequence_length
+
+    def source(self, name: str) -> Source:
+        """The source of this name.
 
         Raises:
-            DataError: a source was added, removed, renamed or changed.
+            DataError: there is none.
         """
-        now = self.fingerprints
-        if now == saved or self.config.allow_changed:
-            return
-        changed = sorted(name for name in now.keys() | saved.keys() if now.get(name) != saved.get(name))
+        for source in self.sources:
+            if source.name == name:
+                return source
         raise DataError(
-            f"data source {changed[0]!r} is not what this run was trained on (fingerprint {saved.get(changed[0])} then, "
-            f"{now.get(changed[0])} now); restore it, or set data.allow_changed=true to go on with the new data"
+            f"no source {name!r}; there is {', '.join(source.name for source in self.sources)}"
         )
 
+    def held_out(self, name: str) -> Iterator[NDArray[Any]]:
+        """(N,) ids of each document of a source that is kept out of training."""
+        return self.source(name).held_out_documents()
 
-def open_data(config: DataConfig, topology: Topology | None = None, on_progress: Callable[[str, int, int], None] | None = None) -> Dataset:
-    """Collective: open all sources, preparing on rank 0 what is not prepared yet while the others wait.
+    def order(self, seed: int) -> SampleOrder:
+        """Which sample comes when."""
+        shares = [
+            SourceShare(
+                source.name, source.sequences, source.config.weight, source.config.max_epochs
+            )
+            for source in self.sources
+        ]
+        return SampleOrder(shares, seed)
+
+    def check_samples(self, samples: int, seed: int = 0) -> None:
+        """See that the sources hold out for a run of so many samples.
+
+        Raises:
+            DataError: too few samples under some source's `max_epochs`.
+        """
+        self.order(seed).check(samples)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON-able; two datasets with equal ones give the same samples for the same seed."""
+        return {
+            "vocabulary": self.vocabulary.identity(),
+            "sequence_length": self.sequence_length,
+            "repeat_filter": self.config.repeat_filter.model_dump(),
+            "sources": [
+                {
+                    "name": source.name,
+                    "content": source.manifest.fingerprint,
+                    "sequences": source.sequences,
+                    "weight": source.config.weight,
+                }
+                for source in self.sources
+            ],
+        }
+
+    def check_fingerprint(self, saved: Mapping[str, Any]) -> None:
+        """Refuse data that is not what a checkpoint was trained on, unless `data.allow_changed` is
+        set.
+
+        Raises:
+            DataError: names everything that changed.
+        """
+        changes = list(_changes(saved, self.fingerprint))
+        if changes and not self.config.allow_changed:
+            raise DataError(
+                f"the data changed since this run's checkpoint: {'; '.join(changes)}; restore it, "
+                "or set data.allow_changed=true to go on with the data as it is now"
+            )
+
+
+def _changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    for key in ("vocabulary", "sequence_length", "repeat_filter"):
+        if saved.get(key) != found[key]:
+            label = key.replace("_", " ")
+            yield f"{label} was {_short(saved.get(key))} and is {_short(found[key])}"
+    before = {item["name"]: item for item in saved.get("sources", ())}
+    now = {item["name"]: item for item in found["sources"]}
+    yield from (f"source {name!r} is gone" for name in before if name not in now)
+    yield from (f"source {name!r} is new" for name in now if name not in before)
+    for name in (name for name in now if name in before):
+        old, new = before[name], now[name]
+        if old["content"] != new["content"]:
+            was, now_is = old["content"][:12], new["content"][:12]
+            yield f"source {name!r} has other content (was {was}, is {now_is})"
+        if old["weight"] != new["weight"]:
+            yield f"the weight of source {name!r} was {old['weight']} and is {new['weight']}"
+    if list(before) != list(now) and set(before) == set(now):
+        yield f"the order of the sources was {', '.join(before)} and is {', '.join(now)}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {str(item)[:12]}" for key, item in value.items())
+    return str(value)
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where prepared sources are kept."""
+    chosen = config.cache_dir or os.environ.get("WEFT_CACHE")
+    return (Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "weft") / "data"
+
+
+def open_data(config: DataConfig, topology: Topology | None = None) -> Dataset:
+    """Collective: open the sources of a run; raw ones are prepared into the cache on first use.
+
+    Args:
+        topology: this process among the others; None is a process on its own.
 
     Raises:
-        DataError: a source cannot be prepared or is too small for one sequence.
+        DataError: a source that is missing, empty, unreadable, changed or too small, on any rank.
     """
-    topology = topology or Topology()
     if not config.sources:
-        raise DataError("data.sources is empty; name at least one, such as path: builtin:python-stdlib")
-    weights = [source.weight is None for source in config.sources]
-    if any(weights) and not all(weights):
-        raise DataError("data.sources: give every source a weight, or none")
-    answer = topology.broadcast_json(_prepare_all(config, on_progress) if topology.is_main else None)
-    if "error" in answer:
-        raise DataError(answer["error"])
+        raise DataError(
+            "data.sources is empty; name at least one, such as {name: code, path: "
+            "builtin:python-stdlib}"
+        )
     vocabulary = open_vocabulary(config.vocabulary)
-    sources = tuple(_open_source(s, Path(f), vocabulary) for s, f in zip(config.sources, answer["folders"], strict=True))
-    for source in sources:
-        if not source.sequences(config.sequence_length):
+    prepare = partial(_prepare_all, config)
+    found = (
+        prepare()
+        if topology is None or topology.world_size == 1
+        else _on_rank_zero(prepare, topology)
+    )
+    sources = []
+    for index, (item, (folder, fingerprint)) in enumerate(zip(config.sources, found, strict=True)):
+        source = _open_source(config, vocabulary, index, item, Path(folder))
+        if source.manifest.fingerprint != fingerprint:
             raise DataError(
-                f"data source {source.name!r}: too few samples: {len(source.train)} tokens to train on make no sequence of "
-                f"data.sequence_length={config.sequence_length}; lower it, hold out fewer documents or add data"
+                f"source {item.name!r}: {folder} is not the same here as on rank 0; "
+                "put data.cache_dir on a file system that all nodes share"
             )
+        sources.append(source)
     return Dataset(config, vocabulary, sources)
 
 
-def _prepare_all(config: DataConfig, on_progress: Callable[[str, int, int], None] | None) -> dict[str, Any]:
-    folders = []
-    try:
-        for source in config.sources:
-            folder = _prepared_folder(source) or default_folder(source, config)
-            report = functools.partial(on_progress, source.name) if on_progress else None
-            if not (folder / MANIFEST).is_file():
-                prepare_source(source, config, folder, report)
-            folders.append(str(folder))
-    except WeftError as error:
-        # The other ranks are waiting for an answer; they must fail with the same words.
-        return {"error": str(error)}
-    return {"folders": folders}
-
-
-def _prepared_folder(source: SourceConfig) -> Path | None:
-    path = Path(source.path).expanduser()
-    is_prepared = (path / MANIFEST).is_file()
-    if source.format == "prepared" and not is_prepared:
-        raise DataError(f"data source {source.name!r}: {path} is not a prepared dataset; run weft data prepare SOURCE --out {path}")
-    return path if is_prepared else None
-
-
-def _open_source(source: SourceConfig, folder: Path, vocabulary: Vocabulary) -> Source:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"{folder / MANIFEST} cannot be read ({error}); prepare the dataset again") from error
-    if manifest["vocabulary"] != vocabulary.identity():
-        raise DataError(
-            f"data source {source.name!r} in {folder} was prepared with vocabulary {manifest['vocabulary']['kind']} "
-            f"({manifest['vocabulary']['size']} ids), not this one; prepare it again"
+def _prepare_all(config: DataConfig) -> list[tuple[str, str]]:
+    """(folder, fingerprint) of every source, prepared."""
+    found = []
+    for source in config.sources:
+        preparation = plan_preparation(
+            source,
+            config.vocabulary,
+            held_out=config.held_out,
+            repeats=config.repeat_filter,
+            drop_repetitive=config.drop_repetitive_documents,
         )
-    train, held = _stretches(folder, manifest)
-    shards = manifest["shards"]
-    return Source(source.name, TokenStream(folder, shards, train), TokenStream(folder, shards, held), manifest, source.weight, source.max_epochs)
+        if preparation.listing.kind == "prepared":
+            folder = Path(source.path).expanduser().absolute()
+            manifest = read_manifest(folder)
+        else:
+            folder = cache_folder(config).absolute() / f"{source.name}-{preparation.key[:16]}"
+            manifest = prepare_source(preparation, folder, workers=config.prepare_workers)
+        found.append((str(folder), manifest.fingerprint))
+    return found
 
 
-def _stretches(folder: Path, manifest: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    train: list[tuple[int, int, int]] = []
-    held: list[tuple[int, int, int]] = []
-    by_shard: dict[int, list[int]] = {}
-    for shard, document in manifest["held_out"]:
-        by_shard.setdefault(shard, []).append(document)
-    for number, shard in enumerate(manifest["shards"]):
+def _on_rank_zero(
+    prepare: partial[list[tuple[str, str]]], topology: Topology
+) -> list[tuple[str, str]]:
+    """Collective: rank 0 prepares and tells the others; a broadcast now and then keeps them from
+    timing out.
+    """
+    if not topology.is_main:
+        while not (news := topology.broadcast_json(None))["done"]:
+            pass
+        if news["error"]:
+            raise DataError(news["error"])
+        return [(folder, fingerprint) for folder, fingerprint in news["found"]]
+    with ThreadPoolExecutor(1, "weft-prepare") as pool:
+        future: Future[list[tuple[str, str]]] = pool.submit(prepare)
+        while not _is_done_within(future, HEARTBEAT_S):
+            topology.broadcast_json({"done": False})
+    problem = future.exception()
+    text = (
+        str(problem)
+        if isinstance(problem, WeftError)
+        else f"rank 0 failed to prepare the data: {problem!r}"
+    )
+    found = [] if problem else future.result()
+    topology.broadcast_json({"done": True, "error": text if problem else None, "found": found})
+    return future.result()
+
+
+def _is_done_within(future: Future[Any], seconds: float) -> bool:
+    return bool(wait([future], timeout=seconds).done)
+
+
+def _open_source(
+    config: DataConfig, vocabulary: Vocabulary, index: int, item: SourceConfig, folder: Path
+) -> Source:
+    manifest = read_manifest(folder)
+    if manifest.vocabulary != vocabulary.identity():
+        raise DataError(
+            f"source {item.name!r}: {folder} was prepared with vocabulary "
+            f"{_short(manifest.vocabulary)} and the "
+            f"recipe's is {_short(vocabulary.identity())}; set data.vocabulary to match, or "
+            "prepare it again"
+        )
+    train, held_out = _split_streams(folder, manifest, vocabulary.dtype)
+    sequences = train.sequences(config.sequence_length)
+    if not sequences:
+        raise DataError(
+            f"too few samples: source {item.name!r} has {train.tokens} ids to train on and one "
+            "sample takes "
+            f"{config.sequence_length} and the id after; lower data.sequence_length or add data"
+        )
+    return Source(item.name, index, item, folder, manifest, train, held_out, sequences)
+
+
+def _split_streams(
+    folder: Path, manifest: Manifest, dtype: np.dtype
+) -> tuple[TokenStream, TokenStream]:
+    """The pieces between held-out documents, and those documents."""
+    chosen: dict[int, list[int]] = {}
+    for number, document, _ in manifest.held_out:
+        chosen.setdefault(number, []).append(document)
+    train, held_out = [], []
+    for number, shard in enumerate(manifest.shards):
+        ids = shard.open_ids(folder)
         position = 0
-        for first, last in _document_ranges(folder, number, sorted(by_shard.get(number, []))):
-            train.append((number, position, first))
-            held.append((number, first, last))
-            position = last
-        train.append((number, position, shard["tokens"]))
-    kept = [np.array([s for s in part if s[2] > s[1]], np.int64).reshape(-1, 3) for part in (train, held)]
-    return kept[0], kept[1]
+        for document in sorted(chosen.get(number, ())):
+            start, stop = _document_span(shard.open_ends(folder), document)
+            train.append(ids[position:start])
+            held_out.append(ids[start:stop])
+            position = stop
+        train.append(ids[position:])
+    return TokenStream(train, dtype), TokenStream(held_out, dtype)
 
 
-def _document_ranges(folder: Path, number: int, documents: list[int]) -> Iterator[tuple[int, int]]:
-    if not documents:
-        return
-    ends = np.load(folder / f"shard-{number:05d}.index.npy", mmap_mode="r")[:, 0]
-    for document in documents:
-        yield int(ends[document - 1]) if document else 0, int(ends[document])
+def _document_span(ends: NDArray[np.int64], document: int) -> tuple[int, int]:
+    return (int(ends[document - 1]) if document else 0), int(ends[document])

@@ -1,40 +1,43 @@
-"""Steps of a run as packed batches, assembled ahead in a background thread.
+"""Packed batches of the i-th step, assembled ahead in the background.
 
-The loader has no state of its own: it is told which sample comes first and seeks there at once. All ranks walk the
-same global order; each takes a contiguous share of every step.
+A step takes the next `batch_rows` samples of the run's order; this rank gets a contiguous share of
+them, cut into micro-batches. The loader's whole state is how many samples were given out, so a
+restart seeks.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from ...models.batch import PackedBatch
-from ...models.errors import DataError
+from ...models.errors import ConfigError
 from .dataset import Dataset, Source
-from .order import SampleOrder
-from .packing import collate, read_row
+from .order import Located
+from .packing import RowAssembler, Rows
+from .stream import TokenStream
 
-__all__ = ["PackedLoader", "StepBatch", "held_out_batches"]
+__all__ = ["HeldOutBatches", "PackedLoader", "StepBatch", "held_out_batches"]
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This rank's micro-batches of one step.
+    """What this rank trains on in one step.
 
     Args:
         first_sample: global index of the step's first sample.
-        rows: samples of the step over all ranks.
-        micro_batches: in order.
+        rows: samples of the step, over all ranks.
+        micro_batches: this rank's share.
         source_counts: samples of the step by source, over all ranks.
-        epochs: passes each source has been through whole, at the step's last sample of it.
-        wait_s: how long the loop waited for this step, in seconds.
+        epochs: whole passes made over each source of the step before its last sample here.
+        wait_s: how long the caller was kept waiting for it.
     """
 
     first_sample: int
@@ -42,21 +45,21 @@ class StepBatch:
     micro_batches: list[PackedBatch]
     source_counts: dict[str, int]
     epochs: dict[str, int]
-    wait_s: float = field(default=0.0, compare=False)
+    wait_s: float = 0.0
 
 
 class PackedLoader:
-    """Iterates over steps from any sample on.
+    """Steps of a run, in order, from any sample on.
 
     Args:
-        data: opened sources.
-        seed: of the order.
-        batch_rows: samples of a step, over all ranks.
-        micro_batch_rows: samples a rank runs at once; divides its share.
-        data_rank, data_ranks: this rank's share.
-        start_sample: the first sample to give.
-        end_sample: where to stop assembling ahead; None is never.
-        pin_memory: page-locked tensors, for copies that do not block.
+        batch_rows: samples of one step over all ranks.
+        micro_batch_rows: samples of one micro-batch of this rank; None is its whole share.
+        data_rank, data_ranks: this rank among those that see different data.
+        start_sample: samples given out before; `state()["samples"]` of the loader to go on from.
+        end_sample: nothing is assembled from here on; None is no end.
+        prefetch: steps assembled ahead.
+        pin_memory: page-lock the batches, for asynchronous copies to a GPU.
+        threads: workers; steps come out in order with any number.
     """
 
     def __init__(
@@ -65,44 +68,86 @@ class PackedLoader:
         *,
         seed: int,
         batch_rows: int,
-        micro_batch_rows: int,
+        micro_batch_rows: int | None = None,
         data_rank: int = 0,
         data_ranks: int = 1,
         start_sample: int = 0,
         end_sample: int | None = None,
+        prefetch: int | None = None,
         pin_memory: bool = False,
+        threads: int = 1,
     ) -> None:
-        self.data, self.batch_rows, self.micro_batch_rows = data, batch_rows, micro_batch_rows
-        self.data_rank, self.data_ranks, self.pin_memory = data_rank, data_ranks, pin_memory
-        self.order = order_of(data, seed)
-        self._byte_lengths = data.vocabulary.token_byte_lengths()
-        self._next, self._end = start_sample, end_sample
-        self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(data.config.prefetch_steps)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._assemble_ahead, name="weft-loader", daemon=True)
-        self._thread.start()
+        if batch_rows % data_ranks:
+            raise ConfigError(f"{batch_rows} samples a step do not divide over {data_ranks} ranks")
+        self._share = batch_rows // data_ranks
+        self._micro_rows = micro_batch_rows or self._share
+        if self._share % self._micro_rows:
+            raise ConfigError(
+                f"micro-batches of {self._micro_rows} samples do not divide a share of "
+                f"{self._share}"
+            )
+        self.data = data
+        self.order = data.order(seed)
+        self._streams = [source.train for source in data.sources]
+        self._assembler = _assembler(data, is_training=True)
+        self._batch_rows = batch_rows
+        self._offset = data_rank * self._share
+        self._pin_memory = pin_memory
+        self._samples = self._next_sample = start_sample
+        self._end_sample = end_sample
+        self._returned: deque[StepBatch] = deque()
+        self._pending: deque[Future[StepBatch]] = deque()
+        self._pool = ThreadPoolExecutor(threads, "weft-data")
+        for _ in range(prefetch or data.config.prefetch_steps):
+            self._submit()
 
     def next_step(self) -> StepBatch:
-        """The next step; waits for it if need be.
+        """The next step's micro-batches.
 
         Raises:
-            DataError: what went wrong while it was assembled.
+            DataError: a source is used up (`max_epochs`).
+            ValueError: the loader was closed, or `end_sample` is reached.
         """
-        begin = time.perf_counter()
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        object.__setattr__(item, "wait_s", time.perf_counter() - begin)
-        return item
+        if self._returned:
+            batch = self._returned.popleft()
+        elif not self._pending:
+            raise ValueError(
+                f"no step at sample {self._samples}: the loader is closed or at its end_sample"
+            )
+        else:
+            started = time.perf_counter()
+            batch = self._pending.popleft().result()
+            batch = replace(batch, wait_s=time.perf_counter() - started)
+            self._submit()
+        self._samples = batch.first_sample + batch.rows
+        return batch
+
+    def give_back(self, batch: StepBatch) -> None:
+        """Undo the last `next_step`: its batch was not trained on and comes again."""
+        self._returned.appendleft(batch)
+        self._samples = batch.first_sample
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able position; the same on all ranks."""
+        return {
+            "samples": self._samples,
+            "seed": self.order.seed,
+            "fingerprint": self.data.fingerprint,
+        }
+
+    def source_counts(self, sample_stop: int | None = None) -> dict[str, int]:
+        """Samples each source has given among the first `sample_stop` (default: so far)."""
+        return self.order.counts(self._samples if sample_stop is None else sample_stop)
+
+    def source_epochs(self, sample_stop: int | None = None) -> dict[str, float]:
+        """Passes made over each source."""
+        counts = self.source_counts(sample_stop)
+        return {source.name: counts[source.name] / source.sequences for source in self.data.sources}
 
     def close(self) -> None:
-        """Stop the background thread."""
-        self._closing.set()
-        while self._thread.is_alive():
-            try:
-                self._queue.get_nowait()
-            except queue.Empty:
-                self._thread.join(0.01)
+        """Stop assembling; the loader gives nothing after this."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
 
     def __enter__(self) -> PackedLoader:
         return self
@@ -111,77 +156,137 @@ class PackedLoader:
         self.close()
 
     def assemble(self, first_sample: int) -> StepBatch:
-        """The step that begins at a sample; a pure function of it."""
-        samples = np.arange(first_sample, first_sample + self.batch_rows)
-        located = self.order.locate(samples)
-        share = self.batch_rows // self.data_ranks
-        mine = slice(self.data_rank * share, (self.data_rank + 1) * share)
-        length = self.data.config.sequence_length
-        rows = [
-            read_row(self.data.sources[s].train, int(k), length, sample=int(i), source=int(s))
-            for i, s, k in zip(samples[mine], located.source[mine], located.sequence[mine], strict=True)
-        ]
-        cut = self.micro_batch_rows
+        """The step that begins at a sample, here and now; a pure function of it."""
+        located = self.order.locate(first_sample, first_sample + self._batch_rows)
         batches = [
-            collate(rows[i : i + cut], self.data.config.repeat_filter, self._byte_lengths) for i in range(0, share, cut)
+            self._micro_batch(first_sample, located, first)
+            for first in range(self._offset, self._offset + self._share, self._micro_rows)
         ]
-        if self.pin_memory:
-            batches = [batch.pin_memory() for batch in batches]
-        names = self.order.names
-        counts = np.bincount(located.source, minlength=len(names))
-        epochs = {names[s]: int(located.epoch[located.source == s].max()) for s in np.unique(located.source)}
-        return StepBatch(first_sample, self.batch_rows, batches, dict(zip(names, counts.tolist(), strict=True)), epochs)
+        names = [source.name for source in self.data.sources]
+        counts = np.bincount(located.sources, minlength=len(names)).tolist()
+        epochs = {
+            names[j]: int(located.epochs[located.sources == j][-1])
+            for j, count in enumerate(counts)
+            if count
+        }
+        return StepBatch(
+            first_sample, self._batch_rows, batches, dict(zip(names, counts, strict=True)), epochs
+        )
 
-    def _assemble_ahead(self) -> None:
-        # Tensors are filled by numpy; torch's own threads would only take cores from the step.
-        torch.set_num_threads(1) if torch.cuda.is_available() else None
-        try:
-            while not self._closing.is_set() and (self._end is None or self._next < self._end):
-                self._put(self.assemble(self._next))
-                self._next += self.batch_rows
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, who raises it
-            self._put(error)
+    def _submit(self) -> None:
+        if self._end_sample is None or self._next_sample < self._end_sample:
+            self._pending.append(self._pool.submit(self.assemble, self._next_sample))
+            self._next_sample += self._batch_rows
 
-    def _put(self, item: StepBatch | BaseException) -> None:
-        while not self._closing.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-
-def order_of(data: Dataset, seed: int) -> SampleOrder:
-    """The order of a run over its sources."""
-    length = data.config.sequence_length
-    weights = [source.weight for source in data.sources if source.weight is not None]
-    return SampleOrder([s.name for s in data.sources], [s.sequences(length) for s in data.sources], weights or None, seed)
+    def _micro_batch(self, first_sample: int, located: Located, first: int) -> PackedBatch:
+        part = slice(first, first + self._micro_rows)
+        sources = located.sources[part]
+        ids, borders = _gather(
+            self._streams, sources, located.sequences[part], self.data.sequence_length
+        )
+        sample_ids = range(first_sample + first, first_sample + first + self._micro_rows)
+        batch = self._assembler.pack(Rows(ids, borders, tuple(sample_ids), tuple(sources.tolist())))
+        return batch.pin_memory() if self._pin_memory else batch
 
 
-def check_epochs(data: Dataset, order: SampleOrder, total_samples: int) -> None:
-    """Check that no source is repeated more often than it allows.
+def _assembler(dataset: Dataset, *, is_training: bool) -> RowAssembler:
+    settings = dataset.config.repeat_filter
+    return RowAssembler(
+        dataset.vocabulary.eos_id,
+        dataset.vocabulary.token_byte_lengths(),
+        settings if is_training and settings.enabled else None,
+    )
+
+
+def _gather(
+    streams: list[TokenStream],
+    sources: NDArray[np.int64],
+    sequences: NDArray[np.int64],
+    length: int,
+) -> tuple[NDArray[Any], list[tuple[int, int]]]:
+    """(R, length + 1) ids of sequences of several streams, and the borders of pieces inside
+    them.
+    """
+    used = np.unique(sources).tolist()
+    ids = np.empty((len(sources), length + 1), np.result_type(*(streams[j].dtype for j in used)))
+    borders: list[tuple[int, int]] = []
+    for j in used:
+        rows = np.flatnonzero(sources == j)
+        starts = sequences[rows] * length
+        borders.extend(streams[j].read_rows(ids, rows.tolist(), starts.tolist()))
+    return ids, borders
+
+
+class HeldOutBatches:
+    """The held-out documents of one source as batches; every rank gives the same number of them.
+
+    Full rows come first, `micro_batch_rows` at a time; what is left over is one shorter row in a
+    batch of its own. A rank that has nothing at its turn gives a batch whose targets are all
+    ignored, because a sharded model's forward needs every rank.
+
+    Args:
+        max_tokens: look at no more positions than this (rounded down to whole rows), over all
+            ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        source: Source,
+        micro_batch_rows: int,
+        data_rank: int = 0,
+        data_ranks: int = 1,
+        max_tokens: int | None = None,
+    ) -> None:
+        self._source = source
+        self._stream = source.held_out
+        self._length = dataset.sequence_length
+        self._assembler = _assembler(dataset, is_training=False)
+        self._micro_rows, self._rank, self._ranks = micro_batch_rows, data_rank, data_ranks
+        self._rows = self._stream.sequences(self._length)
+        self._tail = max(0, self._stream.tokens - 1 - self._rows * self._length)
+        if max_tokens is not None and max_tokens < self._stream.tokens - 1:
+            self._rows, self._tail = min(self._rows, max(1, max_tokens // self._length)), 0
+
+    @property
+    def _rounds(self) -> int:
+        return -(-self._rows // (self._micro_rows * self._ranks))
+
+    def __len__(self) -> int:
+        return self._rounds + (1 if self._tail else 0)
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        for turn in range(self._rounds):
+            first = (turn * self._ranks + self._rank) * self._micro_rows
+            rows = list(range(first, min(first + self._micro_rows, self._rows)))
+            yield self._batch(rows or [0], self._length, ignore_all=not rows)
+        if self._tail:
+            yield self._batch([self._rows], self._tail, ignore_all=self._rank != 0)
+
+    def _batch(self, rows: list[int], length: int, *, ignore_all: bool) -> PackedBatch:
+        ids = np.empty((len(rows), length + 1), self._stream.dtype)
+        starts = [row * self._length for row in rows]
+        borders = self._stream.read_rows(ids, range(len(rows)), starts)
+        return self._assembler.pack(
+            Rows(ids, borders, tuple(rows), (self._source.index,) * len(rows)),
+            ignore_all=ignore_all,
+        )
+
+
+def held_out_batches(
+    dataset: Dataset,
+    source: str,
+    micro_batch_rows: int,
+    data_rank: int = 0,
+    data_ranks: int = 1,
+    *,
+    max_tokens: int | None = None,
+) -> HeldOutBatches:
+    """Batches of a source's held-out documents for evaluation; sized, and iterable more than once.
 
     Raises:
-        DataError: one would be.
+        DataError: no such source.
     """
-    for place, source in enumerate(data.sources):
-        epochs = total_samples * order.share(place) / source.sequences(data.config.sequence_length)
-        if source.max_epochs is not None and epochs > source.max_epochs:
-            raise DataError(
-                f"data source {source.name!r}: too few samples: the run would go through it {epochs:.2f} times, its max_epochs is "
-                f"{source.max_epochs:g}; shorten the run, lower its weight or raise max_epochs"
-            )
-
-
-def held_out_batches(data: Dataset, source: Source, rows: int, max_tokens: int | None = None) -> Iterator[PackedBatch]:
-    """A source's held-out documents, every target once; the short rest of the stream is a batch of its own."""
-    length, stream = data.config.sequence_length, source.held_out
-    whole = max(0, (len(stream) - 1) // length)
-    if max_tokens is not None:
-        whole = min(whole, max(1, max_tokens // length))
-    byte_lengths = data.vocabulary.token_byte_lengths()
-    for first in range(0, whole, rows):
-        chunk = [read_row(stream, k, length, sample=k) for k in range(first, min(first + rows, whole))]
-        yield collate(chunk, None, byte_lengths)
-    rest = len(stream) - 1 - whole * length
-    if rest > 0 and max_tokens is None:
-        yield collate([read_row(stream, whole, length, sample=whole)], None, byte_lengths)
+    return HeldOutBatches(
+        dataset, dataset.source(source), micro_batch_rows, data_rank, data_ranks, max_tokens
+    )

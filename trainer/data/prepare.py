@@ -1,294 +1,381 @@
-"""From a source's files to memory-mapped shards, an index and a fingerprint.
+"""Turns a source into shards, in parallel, restartable at any instant, the same for any number of
+workers.
 
-Each unit of the plan becomes one shard, in any order, by any worker; a finished shard is a small JSON file that lands last, so
-an interrupted preparation goes on where it was. `dataset.json` lands when all are there: without it there is no dataset.
-Tokenised files are used where they are and only indexed. Imports no torch, so worker processes start fast.
+Work happens in a hidden folder beside the result, one unit at a time; a finished unit has a record,
+written last. The folder gets its real name when all is done, so a dataset is there in full or not
+at all.
 """
 
 from __future__ import annotations
 
-import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...models.errors import DataError
-from ..files import free_bytes, sync_file, write_json
-from .config import DataConfig, RepeatFilterConfig, SourceConfig
-from .readers import InputFile, iterate_documents, list_inputs, plan_units, resolve_format
-from .repeats import has_repeats
-from .vocabulary import Vocabulary, open_vocabulary
+from ..files import free_bytes, sync_directory
+from .config import HeldOutConfig, RepeatFilterConfig, SourceConfig
+from .shard_writer import UnitJob, unit_identity, write_unit
+from .shards import FORMAT_VERSION, MANIFEST, Manifest, Shard, content_fingerprint, read_manifest
+from .sources import Listing, Unit, list_inputs, plan_units
+from .vocabulary import open_vocabulary
 
-__all__ = ["MANIFEST", "cache_root", "default_folder", "prepare_source"]
+__all__ = ["Preparation", "plan_preparation", "prepare_source"]
 
-MANIFEST = "dataset.json"
-FORMAT = 1
-POOL_THRESHOLD_BYTES = 64 << 20
+# Below this a pool of processes costs more than it saves.
+POOL_FROM_BYTES = 32 << 20
+PARENT_LOOK_S = 1.0
+SPARE_BYTES = 16 << 20
+LARGEST_HELD_OUT_SHARE = 10
 
 
 @dataclass(frozen=True)
-class UnitJob:
-    """What a worker needs to make one shard."""
+class Preparation:
+    """What preparing a source will do, worked out without reading any of its text.
 
-    folder: str
-    number: int
-    files: list[InputFile]
-    kind: str
-    text_key: str
-    vocabulary: str
-    token_dtype: str
-    drop_repetitive: bool
+    Args:
+        key: hash of the inputs (names, sizes, times) and of every setting that changes the result.
+    """
 
-
-def cache_root(config: DataConfig) -> Path:
-    """Where prepared sources are kept."""
-    chosen = config.cache_dir or os.environ.get("WEFT_CACHE") or "~/.cache/weft"
-    return Path(chosen).expanduser() / "data"
+    listing: Listing
+    units: tuple[Unit, ...]
+    job: UnitJob
+    key: str
 
 
-def default_folder(source: SourceConfig, config: DataConfig) -> Path:
-    """The cache folder of a source: named by what it is made of, so that edited files make another one."""
-    return cache_root(config) / f"{source.name}-{_plan_key(source, config)}"
+def plan_preparation(
+    source: SourceConfig,
+    vocabulary: str,
+    *,
+    held_out: HeldOutConfig,
+    repeats: RepeatFilterConfig,
+    drop_repetitive: bool = False,
+) -> Preparation:
+    """List the inputs and cut them into units.
 
-
-def _plan_key(source: SourceConfig, config: DataConfig) -> str:
-    files = list_inputs(source)
-    stamped = [(f.path, f.size, os.stat(f.path).st_mtime_ns) for f in files]
-    settings = [resolve_format(source, files), source.text_key, source.token_dtype]
-    about = [FORMAT, stamped, settings, open_vocabulary(config.vocabulary).identity(), _held_out_settings(config), config.drop_repetitive_documents]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-
-
-def _held_out_settings(config: DataConfig) -> dict[str, Any]:
-    return config.held_out.model_dump()
+    Raises:
+        DataError: nothing to read, or it cannot be read.
+    """
+    listing = list_inputs(source)
+    job = UnitJob(
+        kind=listing.kind,
+        text_key=source.text_key,
+        token_dtype=source.token_dtype,
+        vocabulary=vocabulary,
+        vocabulary_identity=open_vocabulary(vocabulary).identity(),
+        repeats=repeats if drop_repetitive else None,
+        held_out=held_out,
+    )
+    units = tuple(plan_units(listing, source.token_dtype))
+    inputs = [[file.name, file.size, file.mtime_ns] for file in listing.files]
+    payload = json.dumps([FORMAT_VERSION, job.identity(), inputs], sort_keys=True)
+    return Preparation(listing, units, job, hashlib.sha256(payload.encode()).hexdigest())
 
 
 def prepare_source(
-    source: SourceConfig, config: DataConfig, folder: Path, on_progress: Callable[[int, int], None] | None = None
-) -> dict[str, Any]:
-    """Prepare one source into `folder` unless it is complete already.
+    preparation: Preparation, out: Path, *, workers: int | None = None, quiet: bool = False
+) -> Manifest:
+    """Prepare a source into `out`, or go on where an earlier attempt stopped.
 
     Args:
-        on_progress: called with (bytes read, bytes in all) after each unit.
-
-    Returns:
-        The manifest.
+        workers: processes; None is one a core for large inputs and this one for small.
+        quiet: show no progress.
 
     Raises:
-        DataError: unreadable or empty input, or no room.
+        DataError: `out` holds something else, an input is bad, or the disk is too small.
     """
-    if (folder / MANIFEST).is_file():
-        return json.loads((folder / MANIFEST).read_text())
-    files = list_inputs(source)
-    kind = resolve_format(source, files)
-    units = plan_units(files, kind)
-    total = sum(f.size for f in files)
-    vocabulary = open_vocabulary(config.vocabulary)
-    _check_room(folder, total, kind, vocabulary)
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        UnitJob(str(folder), i, unit, kind, source.text_key, config.vocabulary, source.token_dtype, config.drop_repetitive_documents)
-        for i, unit in enumerate(units)
-    ]
-    _settle_plan(folder, jobs, _plan_key(source, config))
-    shards: dict[int, dict[str, Any]] = {}
-    done = 0
-    for number, shard in _run_jobs(jobs, total, config.prepare_workers):
-        shards[number] = shard
-        done += sum(f.size for f in units[number])
-        if on_progress:
-            on_progress(done, total)
-    ordered = [shards[i] for i in range(len(units))]
-    manifest = _manifest(source, config, folder, ordered, vocabulary)
-    write_json(folder / MANIFEST, manifest)
+    out = out.absolute()
+    if _is_prepared(out):
+        return _existing(preparation, out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(
+            f"{out} exists and is not a prepared dataset; give another --out or remove it"
+        )
+    partial = out.with_name(f".{out.name}.partial")
+    with _only_one(partial, out, quiet):
+        if _is_prepared(out):
+            # Another process finished it while this one waited; what this one made is empty.
+            if partial.is_dir() and not any(partial.iterdir()):
+                partial.rmdir()
+            return _existing(preparation, out)
+        try:
+            manifest = _finished_before(preparation, partial)
+            if manifest is None:
+                _run_units(preparation, partial, workers, quiet)
+                manifest = _finish(preparation, partial)
+        except DataError:
+            if not any(partial.glob("*.record")):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _leave_only(partial, manifest)
+        os.replace(partial, out)
+        sync_directory(out.parent)
     return manifest
 
 
-def _check_room(folder: Path, total: int, kind: str, vocabulary: Vocabulary) -> None:
-    if kind == "tokens":
-        return
-    needed = total * vocabulary.dtype.itemsize
-    free = free_bytes(folder)
-    if free < needed:
-        raise DataError(f"{folder} has {free >> 20} MB free, preparing needs up to {needed >> 20} MB; set data.cache_dir elsewhere")
+def _is_prepared(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
 
 
-def _settle_plan(folder: Path, jobs: list[UnitJob], key: str) -> None:
-    """Shards of another plan in the same folder must not be taken for this one's."""
-    path = folder / "plan.json"
-    if path.is_file() and json.loads(path.read_text()).get("key") == key:
-        return
-    for stale in folder.glob("shard-*"):
-        stale.unlink()
-    write_json(path, {"key": key, "units": len(jobs)})
+def _finished_before(preparation: Preparation, partial: Path) -> Manifest | None:
+    """The manifest, where an attempt was stopped between writing it and giving the folder its
+    name.
+    """
+    if not _is_prepared(partial):
+        return None
+    manifest = read_manifest(partial)
+    return manifest if manifest.plan == preparation.key else None
 
 
-def _run_jobs(jobs: list[UnitJob], total: int, workers: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    workers = min(workers or os.cpu_count() or 1, len(jobs))
-    if workers == 1 or total < POOL_THRESHOLD_BYTES:
-        for job in jobs:
-            yield job.number, _prepare_unit(job)
-        return
-    # Spawned, not forked: the parent may hold torch's threads. The workers import no torch.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(_prepare_unit, job): job.number for job in jobs}
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+def _leave_only(folder: Path, manifest: Manifest) -> None:
+    """Remove records and what other attempts left."""
+    wanted = {
+        MANIFEST,
+        *(shard.ends for shard in manifest.shards),
+        *(shard.ids for shard in manifest.shards),
+    }
+    for path in folder.iterdir():
+        if path.name not in wanted:
+            path.unlink()
 
 
-def _prepare_unit(job: UnitJob) -> dict[str, Any]:
-    folder = Path(job.folder)
-    marker = folder / f"shard-{job.number:05d}.json"
-    if marker.is_file():
-        return json.loads(marker.read_text())
+def _existing(preparation: Preparation, out: Path) -> Manifest:
+    manifest = read_manifest(out)
+    if manifest.plan != preparation.key:
+        raise DataError(
+            f"{out} holds a dataset made from other files or settings ({manifest.source}); "
+            "give another --out, or remove it to prepare again"
+        )
+    return manifest
+
+
+def _make_folder(folder: Path) -> None:
     try:
-        shard = _index_tokens(job) if job.kind == "tokens" else _tokenise(job)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise DataError(f"no room left in {folder}; set data.cache_dir to a larger disk and run again") from error
-        raise
-    write_json(marker, shard)
-    return shard
+        raise DataError(
+            f"cannot create {folder}: {error.strerror}; choose another place (--out, "
+            "data.cache_dir)"
+        ) from error
 
 
-def _tokenise(job: UnitJob) -> dict[str, Any]:
-    folder, vocabulary = Path(job.folder), open_vocabulary(job.vocabulary)
-    data_path = folder / f"shard-{job.number:05d}.tokens"
-    digest, ends, names, text_bytes, position, dropped = hashlib.sha256(), [], [], [], 0, 0
-    temporary = data_path.with_suffix(".tmp")
-    with open(temporary, "wb") as out:
-        for name, text in iterate_documents(job.files, job.kind, job.text_key):
-            if not text:
-                continue
-            raw_text = text if isinstance(text, bytes) else text.encode()
-            ids = vocabulary.encode_documents([raw_text])[0]
-            if job.drop_repetitive and has_repeats(ids[None], RepeatFilterConfig())[0]:
-                dropped += 1
-                continue
-            raw = ids.tobytes()
-            out.write(raw)
-            digest.update(raw)
-            position += len(ids)
-            ends.append(position)
-            names.append(_name_hash(name))
-            text_bytes.append(len(raw_text))
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, data_path)
-    _save_index(folder, job.number, ends, names, text_bytes)
-    return {
-        "data": data_path.name,
-        "dtype": vocabulary.dtype.name,
-        "offset": 0,
-        "tokens": position,
-        "documents": len(ends),
-        "bytes": sum(text_bytes),
-        "dropped": dropped,
-        "sha256": digest.hexdigest(),
-    }
+@contextmanager
+def _only_one(folder: Path, out: Path, quiet: bool) -> Iterator[None]:
+    """Hold the folder's lock; the system lets go of it when a process dies, however it dies."""
+    while True:
+        _make_folder(folder)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            _lock(descriptor, folder, quiet)
+            # The one that held it may have renamed or removed the folder.
+            if _is_prepared(out) or (
+                folder.is_dir() and os.path.samestat(os.fstat(descriptor), folder.stat())
+            ):
+                yield
+                return
+        finally:
+            os.close(descriptor)
 
 
-def _index_tokens(job: UnitJob) -> dict[str, Any]:
-    """Index one file of ids: headerless as OLMo writes it, or a real .npy."""
-    vocabulary, file = open_vocabulary(job.vocabulary), job.files[0]
-    offset, dtype = 0, np.dtype(job.token_dtype)
-    with open(file.path, "rb") as opened:
-        if opened.read(6) == b"\x93NUMPY":
-            opened.seek(0)
-            version = np.lib.format.read_magic(opened)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(opened)
-            offset = opened.tell()
-            if len(shape) != 1:
-                raise DataError(f"{file.path} holds an array of shape {shape}; token files have one dimension")
-    if (file.size - offset) % dtype.itemsize:
-        raise DataError(f"{file.path} is not a whole number of {dtype.name} ids; set data.sources.N.token_dtype")
-    if vocabulary.eos_id is None:
-        raise DataError(f"{file.path}: the vocabulary names no end-of-document id, so documents cannot be told apart")
-    ids = np.memmap(file.path, dtype, mode="r", offset=offset)
-    largest = int(ids.max()) if len(ids) else 0
-    if largest >= vocabulary.size:
-        raise DataError(f"{file.path} holds id {largest}, the vocabulary has {vocabulary.size}; check vocabulary and token_dtype")
-    ends = [int(e) + 1 for e in np.flatnonzero(ids == vocabulary.eos_id)]
-    if len(ids) and (not ends or ends[-1] != len(ids)):
-        ends.append(len(ids))
-    _save_index(Path(job.folder), job.number, ends, [_name_hash(f"{file.name}#{i}") for i in range(len(ends))], [0] * len(ends))
-    return {
-        "data": file.path,
-        "dtype": dtype.name,
-        "offset": offset,
-        "tokens": len(ids),
-        "documents": len(ends),
-        "bytes": 0,
-        "dropped": 0,
-        "sha256": hashlib.sha256(memoryview(ids).cast("B") if len(ids) else b"").hexdigest(),
-    }
+def _lock(descriptor: int, folder: Path, quiet: bool) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _say(f"waiting for another process that prepares {folder.name}", quiet)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
-def _save_index(folder: Path, number: int, ends: list[int], names: list[int], text_bytes: list[int]) -> None:
-    """(documents, 3) int64: end of each document in ids, hash of its name, bytes of its text."""
-    path = folder / f"shard-{number:05d}.index.npy"
-    table = np.stack([np.array(column, np.int64) for column in (ends, names, text_bytes)], axis=1)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as out:
-        np.save(out, table)
-    sync_file(temporary)
-    os.replace(temporary, path)
+def _run_units(preparation: Preparation, partial: Path, workers: int | None, quiet: bool) -> None:
+    job, units = preparation.job, preparation.units
+    pending = [unit for unit in units if not _is_finished(job, unit, partial)]
+    _check_space(preparation, partial, sum(unit.size_bytes for unit in pending))
+    started, title = time.monotonic(), preparation.listing.title
+    count = workers or (_cores() if preparation.listing.size >= POOL_FROM_BYTES else 1)
+    with _progress(title, sum(unit.size_bytes for unit in units), quiet) as advance:
+        advance(sum(unit.size_bytes for unit in units) - sum(unit.size_bytes for unit in pending))
+        if count == 1 or len(pending) < 2:
+            for unit in pending:
+                write_unit(job, unit, partial)
+                advance(unit.size_bytes)
+        else:
+            _run_pool(job, pending, partial, min(count, len(pending)), advance)
+    if pending:
+        size = sum(unit.size_bytes for unit in pending) / 1e6
+        _say(f"prepared {title}: {size:.1f} MB in {time.monotonic() - started:.1f} s", quiet)
 
 
-def _name_hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _manifest(source: SourceConfig, config: DataConfig, folder: Path, shards: list[dict[str, Any]], vocabulary: Vocabulary) -> dict[str, Any]:
-    held_out = _choose_held_out(folder, shards, config)
-    totals = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes", "dropped")}
-    if not totals["tokens"]:
-        raise DataError(f"data source {source.name!r}: {source.path} holds no text; check format and text_key")
-    content = [vocabulary.identity(), [s["sha256"] for s in shards], held_out]
-    return {
-        "format": FORMAT,
-        "name": source.name,
-        "vocabulary": vocabulary.identity(),
-        "settings": {"source": _plain(source), "held_out": _held_out_settings(config)},
-        **totals,
-        "held_out": held_out,
-        "shards": shards,
-        "fingerprint": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32],
-    }
+def _run_pool(
+    job: UnitJob,
+    pending: Sequence[Unit],
+    partial: Path,
+    workers: int,
+    advance: Callable[[int], None],
+) -> None:
+    # Not fork: the parent may hold threads and a CUDA context.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (os.getpid(),))
+    try:
+        futures = {pool.submit(write_unit, job, unit, partial): unit for unit in pending}
+        left = set(futures)
+        while left:
+            done, left = wait(left, timeout=0.5, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+                advance(futures[future].size_bytes)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that prepared data was killed, perhaps for want of memory; run the same "
+            "command again "
+            "with fewer workers (--workers, data.prepare_workers), finished shards are kept"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _plain(source: SourceConfig) -> dict[str, Any]:
-    return json.loads(source.model_dump_json())
+def _start_worker(parent: int) -> None:
+    """Leave signals to the parent, and do not outlive it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_LOOK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def _choose_held_out(folder: Path, shards: list[dict[str, Any]], config: DataConfig) -> list[list[int]]:
-    """[shard, document] of the documents with the smallest name hashes among those of a fitting size."""
-    settings = config.held_out
-    if not settings.documents:
-        return []
-    best: list[tuple[int, int, int]] = []
-    for number in range(len(shards)):
-        index = np.load(folder / f"shard-{number:05d}.index.npy")
-        lengths = np.diff(index[:, 0], prepend=0)
-        size = np.where(index[:, 2] > 0, index[:, 2], lengths)
-        fits = (size >= settings.min_bytes) & (size <= (settings.max_bytes or np.iinfo(np.int64).max))
-        # The hash alone decides, and the place breaks ties.
-        chosen = np.flatnonzero(fits)
-        chosen = chosen[np.argsort(index[chosen, 1], kind="stable")][: settings.documents]
-        best.extend((int(index[d, 1]), number, int(d)) for d in chosen)
-    return sorted([shard, document] for _, shard, document in sorted(best)[: settings.documents])
+def _record_of(unit: Unit, partial: Path) -> Path:
+    return partial / f"shard_{unit.index:05d}.record"
 
 
+def _is_finished(job: UnitJob, unit: Unit, partial: Path) -> bool:
+    path = _record_of(unit, partial)
+    if not path.is_file():
+        return False
+    record = json.loads(path.read_bytes())
+    return record["unit"] == unit_identity(job, unit)
+
+
+def _check_space(preparation: Preparation, partial: Path, pending_bytes: int) -> None:
+    needed = int(pending_bytes * preparation.job.expansion()) + SPARE_BYTES
+    free = free_bytes(partial)
+    if pending_bytes and free < needed:
+        raise DataError(
+            f"preparing {preparation.listing.title} needs about {needed / 1e9:.2f} GB and "
+            f"{partial.parent} has "
+            f"{free / 1e9:.2f} GB free; free some space or choose another place (--out, "
+            "data.cache_dir)"
+        )
+
+
+def _finish(preparation: Preparation, partial: Path) -> Manifest:
+    """Join the records into a manifest."""
+    records = [json.loads(_record_of(unit, partial).read_bytes()) for unit in preparation.units]
+    kept = [record for record in records if record["shard"]["tokens"]]
+    dropped: dict[str, int] = {}
+    for record in records:
+        for reason, number in record["dropped"].items():
+            dropped[reason] = dropped.get(reason, 0) + number
+    if not kept:
+        shutil.rmtree(partial, ignore_errors=True)
+        reasons = (
+            ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items()))
+            or "none found"
+        )
+        raise DataError(
+            f"{preparation.listing.title} has no documents with text in them ({reasons}); check "
+            "path and format"
+        )
+    shards = tuple(Shard(**record["shard"]) for record in kept)
+    held_out = _choose_held_out(kept, preparation.job.held_out.documents)
+    identity = preparation.job.vocabulary_identity
+    manifest = Manifest(
+        plan=preparation.key,
+        source=preparation.listing.title,
+        kind=preparation.listing.kind,
+        vocabulary=identity,
+        shards=shards,
+        held_out=held_out,
+        dropped=dropped,
+        fingerprint=content_fingerprint(identity, shards, held_out),
+    )
+    manifest.write(partial)
+    return manifest
+
+
+def _choose_held_out(
+    records: Sequence[dict[str, Any]], wanted: int
+) -> tuple[tuple[int, int, int], ...]:
+    """(shard, document, bytes) of the documents with the smallest keys; copies of one text go
+    together.
+    """
+    documents = sum(record["shard"]["documents"] for record in records)
+    candidates = sorted(
+        (key, shard, document, size)
+        for shard, record in enumerate(records)
+        for key, document, size in record["candidates"]
+    )
+    keys = sorted({key for key, *_ in candidates})[
+        : min(wanted, documents // LARGEST_HELD_OUT_SHARE)
+    ]
+    chosen = set(keys)
+    return tuple(
+        sorted(
+            (shard, document, size) for key, shard, document, size in candidates if key in chosen
+        )
+    )
+
+
+@contextmanager
+def _progress(title: str, total_bytes: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, nothing elsewhere; yields the function that moves it on by some
+    bytes.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("preparing {task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
+    ) as bar:
+        task = bar.add_task(title, total=total_bytes)
+        yield lambda done: bar.advance(task, done)
+
+
+def _say(message: str, quiet: bool) -> None:
+    if not quiet:
+        from rich.console import Console
+
+        Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)

@@ -1,17 +1,17 @@
 """Documents of a unit, one after another, from text files, JSONL (plain, gzip, zstd) and Parquet.
 
-A document is its bytes and a key; the key is what a held-out choice hashes, the name of a file or the
-text of a record. A file that is not text (it has a NUL byte early on) is reported with no bytes.
+A document is its bytes and a key; the key is what a held-out choice hashes, the name of a file or
+the text of a record. A file that is not text (it has a NUL byte early on) is reported with no
+bytes.
 """
 
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ...models.errors import DataError, LaunchError
 from .sources import InputFile, Unit
@@ -19,6 +19,7 @@ from .sources import InputFile, Unit
 __all__ = ["Document", "count_row_groups", "read_documents"]
 
 LOOK_FOR_NUL_BYTES = 8192
+COMPRESSED_BLOCK_BYTES = 1 << 17
 
 
 class Document(NamedTuple):
@@ -40,7 +41,9 @@ def read_documents(kind: str, unit: Unit, text_key: str) -> Iterator[Document]:
     except OSError as error:
         if error.filename is None:
             raise
-        raise DataError(f"cannot read {error.filename}: {error.strerror}; mend its permissions or remove it") from error
+        raise DataError(
+            f"cannot read {error.filename}: {error.strerror}; mend its permissions or remove it"
+        ) from error
 
 
 def _read_text(unit: Unit, text_key: str) -> Iterator[Document]:
@@ -54,7 +57,7 @@ def _read_text(unit: Unit, text_key: str) -> Iterator[Document]:
 def _read_jsonl(unit: Unit, text_key: str) -> Iterator[Document]:
     file = unit.files[0]
     if file.path.endswith((".gz", ".zst")):
-        lines = enumerate(_compressed_lines(file), start=1)
+        lines: Iterator[tuple[int, bytes]] = enumerate(_compressed_lines(file), start=1)
     else:
         lines = _lines_of_range(file, unit.start, unit.stop)
     for position, line in lines:
@@ -65,9 +68,9 @@ def _read_jsonl(unit: Unit, text_key: str) -> Iterator[Document]:
 
 
 def _lines_of_range(file: InputFile, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """Lines that begin in [start, stop), each with the offset it begins at, as a negative number less one.
+    """Lines that begin in [start, stop), each with -1 - (the offset it begins at).
 
-    Negative so that an error can tell an offset, which it turns into a line number, from a line number.
+    Negative, so that an error can tell an offset, of which it makes a line number, from one.
     """
     with open(file.path, "rb") as stream:
         if start:
@@ -92,38 +95,152 @@ def _gzip_lines(file: InputFile) -> Iterator[bytes]:
         with gzip.open(file.path, "rb") as stream:
             yield from stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{file.path} is not a whole gzip file: {error}; fetch or write it again") from error
+        raise DataError(
+            f"{file.path} is not a whole gzip file: {error}; fetch or write it again"
+        ) from error
 
 
 def _zstd_lines(file: InputFile) -> Iterator[bytes]:
+    carried = b""
+    for block in _zstd_blocks(file):
+        lines = (carried + block).split(b"\n")
+        carried = lines.pop()
+        yield from lines
+    if carried:
+        yield carried
+
+
+def _zstd_blocks(file: InputFile) -> Iterator[bytes]:
+    """Decompressed pieces. By hand, because zstandard's stream reader takes a truncated file for a
+    whole one.
+    """
     try:
         import zstandard
     except ImportError as error:
         raise LaunchError(
             f"{file.name} needs the zstandard package; install it with: pip install 'weft[data]'"
         ) from error
+    frame = None
     try:
         with open(file.path, "rb") as raw:
-            _check_zstd_end(file, raw, zstandard)
-            raw.seek(0)
-            reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            yield from io.BufferedReader(reader, 1 << 20)
+            while block := raw.read(COMPRESSED_BLOCK_BYTES):
+                while block:
+                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                    yield frame.decompress(block)
+                    block = frame.unused_data if frame.eof else b""
+                    frame = None if frame.eof else frame
     except zstandard.ZstdError as error:
-        raise DataError(f"{file.path} is not a whole zstd file: {error}; fetch or write it again") from error
+        raise DataError(
+            f"{file.path} is not a whole zstd file: {error}; fetch or write it again"
+        ) from error
+    if frame is not None:
+        raise DataError(
+            f"{file.path} is not a whole zstd file: it ends inside a frame; fetch or write it again"
+        )
 
 
-def _check_zstd_end(file: InputFile, raw: IO[bytes], zstandard: Any) -> None:
-    """A stream reader takes the end of a truncated file for the end of its text, so look before reading."""
-    worker = zstandard.ZstdDecompressor().decompressobj()
-    while block := raw.read(1 << 20):
-        while block:
-            worker.decompress(block)
-            if not worker.eof:
-                break
-            block = worker.unused_data
-            worker = zstandard.ZstdDecompressor().decompressobj()
-            started = bool(block)
-            if not started:
-                break
-    if raw.tell() and _is_inside_frame(worker):
-        raise DataError(f"{file.path} is not a whole zstd file: it ends inside a frame; fetch or write it again")
+def _text_of_line(file: InputFile, position: int, line: bytes, text_key: str) -> bytes:
+    """The text of one record; an empty one where the field is null."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(
+            f"{file.path} line {_line_number(file, position)} is not JSON: {error}; mend the line "
+            "or the file"
+        ) from error
+    if not isinstance(record, dict) or text_key not in record:
+        fields = (
+            ", ".join(sorted(record)[:8]) if isinstance(record, dict) else type(record).__name__
+        )
+        raise DataError(
+            f"{file.path} line {_line_number(file, position)} has no field {text_key!r} (it has: "
+            f"{fields}); "
+            "set text_key to the field that holds the text"
+        )
+    text = record[text_key]
+    if text is not None and not isinstance(text, str):
+        raise DataError(
+            f"{file.path} line {_line_number(file, position)}: field {text_key!r} is "
+            f"{type(text).__name__}, "
+            "not text; set text_key to the field that holds the text"
+        )
+    return (text or "").encode("utf-8", "surrogatepass")
+
+
+def _line_number(file: InputFile, position: int) -> int:
+    """Line of a position: itself where it counts lines, else the lines before a byte offset."""
+    if position > 0:
+        return position
+    left, lines = -position - 1, 1
+    with open(file.path, "rb") as stream:
+        while left and (block := stream.read(min(left, 1 << 20))):
+            lines += block.count(b"\n")
+            left -= len(block)
+    return lines
+
+
+def _import_pyarrow(file: InputFile) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+        import pyarrow.types
+    except ImportError as error:
+        raise LaunchError(
+            f"{file.name} needs the pyarrow package; install it with: pip install 'weft[data]'"
+        ) from error
+    return pyarrow
+
+
+def _open_parquet(file: InputFile) -> Any:
+    arrow = _import_pyarrow(file)
+    try:
+        return arrow.parquet.ParquetFile(file.path)
+    except (arrow.ArrowInvalid, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{file.path} is not a whole Parquet file: {reason}; fetch or write it again"
+        ) from error
+
+
+def count_row_groups(file: InputFile) -> int:
+    """Row groups of a Parquet file: the smallest parts that can be read alone."""
+    with _open_parquet(file) as table:
+        return int(table.num_row_groups)
+
+
+def _read_parquet(unit: Unit, text_key: str) -> Iterator[Document]:
+    file = unit.files[0]
+    arrow = _import_pyarrow(file)
+    with _open_parquet(file) as table:
+        _check_column(arrow, file, table.schema_arrow, text_key)
+        for group in range(unit.start, unit.stop):
+            try:
+                column = table.read_row_group(group, columns=[text_key]).column(0)
+            except (arrow.ArrowInvalid, OSError) as error:
+                reason = str(error).splitlines()[0]
+                raise DataError(
+                    f"{file.path}: row group {group} is damaged: {reason}; fetch or write it again"
+                ) from error
+            for value in column.cast(arrow.large_binary()).to_pylist():
+                yield Document(value or b"", value or b"")
+
+
+def _check_column(arrow: Any, file: InputFile, schema: Any, text_key: str) -> None:
+    if text_key not in schema.names:
+        raise DataError(
+            f"{file.path} has no column {text_key!r} (it has: {', '.join(schema.names[:8])}); "
+            "set text_key to the column that holds the text"
+        )
+    kind, types = schema.field(text_key).type, arrow.types
+    if not any(
+        is_kind(kind)
+        for is_kind in (
+            types.is_string,
+            types.is_large_string,
+            types.is_binary,
+            types.is_large_binary,
+        )
+    ):
+        raise DataError(
+            f"{file.path}: column {text_key!r} is {kind}, not text; set text_key to a text column"
+        )

@@ -23,14 +23,30 @@ LARGEST_UNIT_BYTES = 64 << 20
 UNITS_AIMED_AT = 256
 
 ENDINGS = {
-    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".json.gz", ".json.zst"),
+    "jsonl": (
+        ".jsonl",
+        ".jsonl.gz",
+        ".jsonl.zst",
+        ".ndjson",
+        ".ndjson.gz",
+        ".json.gz",
+        ".json.zst",
+    ),
     "parquet": (".parquet",),
     "tokens": (".npy",),
 }
 # Files that lie beside data without being data; a folder of text takes them as text all the same.
 COMPANIONS = (".csv", ".csv.gz", ".md", ".txt", ".json", ".yaml", ".yml")
 BUILTINS = ("python-stdlib",)
-STDLIB_LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "pydoc_data", "turtledemo", "lib-dynload"}
+STDLIB_LEFT_OUT = {
+    "site-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "pydoc_data",
+    "turtledemo",
+    "lib-dynload",
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,9 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """All files of a source, in order, and how to read them: text, jsonl, parquet, tokens or prepared."""
+    """All files of a source, in order, and how to read them: text, jsonl, parquet, tokens or
+    prepared.
+    """
 
     kind: str
     title: str
@@ -60,17 +78,15 @@ class Listing:
 class Unit:
     """What one worker reads at a time: whole files, or one file's part.
 
-    `start` and `stop` are bytes of plain JSONL, row groups of Parquet, ids of token files; both 0 is all of it.
+    `start` and `stop` are bytes of plain JSONL, row groups of Parquet, ids of token files; both 0
+    is all of it. `size_bytes` is its share of the input.
     """
 
     index: int
     files: tuple[InputFile, ...]
+    size_bytes: int
     start: int = 0
     stop: int = 0
-
-    @property
-    def size(self) -> int:
-        return sum(file.size for file in self.files)
 
 
 def list_inputs(source: SourceConfig) -> Listing:
@@ -82,18 +98,24 @@ def list_inputs(source: SourceConfig) -> Listing:
     if source.path.startswith("builtin:"):
         return _list_builtin(source)
     path = Path(source.path).expanduser()
-    if source.format == "prepared" or (source.format == "auto" and (path / "manifest.json").is_file()):
+    if source.format == "prepared" or (
+        source.format == "auto" and (path / "manifest.json").is_file()
+    ):
         return Listing("prepared", source.path, ())
     if glob.has_magic(source.path) and not path.exists():
         matches = sorted(glob.glob(str(path), recursive=True), key=os.fsencode)
-        paths = [(Path(match), os.path.basename(match)) for match in matches if os.path.isfile(match)]
+        paths = [
+            (Path(match), os.path.basename(match)) for match in matches if os.path.isfile(match)
+        ]
         paths = _with_distinct_names(paths)
     elif path.is_dir():
         paths = list(_walk(path))
     elif path.exists() or path.is_symlink():
         paths = [(path, path.name)]
     else:
-        raise DataError(f"source {source.name!r}: {source.path} does not exist; check data.sources path")
+        raise DataError(
+            f"source {source.name!r}: {source.path} does not exist; check data.sources path"
+        )
     return _build_listing(source, paths)
 
 
@@ -118,11 +140,17 @@ def _walk(root: Path, left_out: Iterable[str] = ("__pycache__",)) -> Iterator[tu
 
 
 def _cannot_list(error: OSError) -> None:
-    raise DataError(f"cannot list {error.filename}: {error.strerror}; make the folder readable") from error
+    raise DataError(
+        f"cannot list {error.filename}: {error.strerror}; make the folder readable"
+    ) from error
 
 
 def _build_listing(source: SourceConfig, paths: list[tuple[Path, str]]) -> Listing:
-    kind = source.format if source.format != "auto" else _tell_kind(source, [name for _, name in paths])
+    kind = (
+        source.format
+        if source.format != "auto"
+        else _tell_kind(source, [name for _, name in paths])
+    )
     if kind in ENDINGS and len(paths) > 1:
         paths = [(path, name) for path, name in paths if name.endswith(ENDINGS[kind])]
     if source.extensions:
@@ -132,14 +160,17 @@ def _build_listing(source: SourceConfig, paths: list[tuple[Path, str]]) -> Listi
     if not any(file.size for file in files):
         limit = f" ending in {', '.join(source.extensions)}" if source.extensions else ""
         raise DataError(
-            f"source {source.name!r}: {source.path} holds no {kind} files{limit} with anything in them; "
+            f"source {source.name!r}: {source.path} holds no {kind} files{limit} with anything in "
+            "them; "
             "check data.sources path, format and extensions"
         )
     return Listing(kind, source.path, files)
 
 
 def _tell_kind(source: SourceConfig, names: list[str]) -> str:
-    kinds = {kind for kind, endings in ENDINGS.items() if any(name.endswith(endings) for name in names)}
+    kinds = {
+        kind for kind, endings in ENDINGS.items() if any(name.endswith(endings) for name in names)
+    }
     if not kinds or source.extensions:
         return "text"
     known = tuple(ending for endings in ENDINGS.values() for ending in endings) + COMPANIONS
@@ -147,7 +178,8 @@ def _tell_kind(source: SourceConfig, names: list[str]) -> str:
     if len(kinds) > 1 or others:
         also = f" and others such as {others[0]}" if others else ""
         raise DataError(
-            f"source {source.name!r}: {source.path} holds {' and '.join(sorted(kinds))} files{also}; "
+            f"source {source.name!r}: {source.path} holds {' and '.join(sorted(kinds))} "
+            f"files{also}; "
             "say which to read with format: text, jsonl, parquet or tokens"
         )
     return kinds.pop()
@@ -164,7 +196,9 @@ def _stat(path: Path, name: str) -> InputFile:
 def _list_builtin(source: SourceConfig) -> Listing:
     name = source.path.removeprefix("builtin:")
     if name not in BUILTINS:
-        raise DataError(f"source {source.name!r}: no built-in corpus {name!r}; there is {', '.join(BUILTINS)}")
+        raise DataError(
+            f"source {source.name!r}: no built-in corpus {name!r}; there is {', '.join(BUILTINS)}"
+        )
     root = Path(sysconfig.get_path("stdlib"))
     paths = [
         (path, relative)
@@ -174,54 +208,51 @@ def _list_builtin(source: SourceConfig) -> Listing:
     ]
     if not paths:
         raise DataError(
-            f"the Python standard library at {root} has no .py sources; use a Python that ships them"
+            f"the Python standard library at {root} has no .py sources; use a Python that ships "
+            "them"
         )
     return Listing("text", source.path, tuple(_stat(path, relative) for path, relative in paths))
 
 
-def plan_units(listing: Listing) -> list[Unit]:
+def plan_units(listing: Listing, token_dtype: str = "uint32") -> list[Unit]:
     """Cut a listing into units of similar size. Depends on the listing only."""
     aim = min(LARGEST_UNIT_BYTES, max(SMALLEST_UNIT_BYTES, listing.size // UNITS_AIMED_AT))
     if listing.kind == "text":
         return _group_files(listing.files, aim)
-    parts: list[tuple[InputFile, int, int]] = []
+    units: list[Unit] = []
     for file in listing.files:
-        if not file.size:
-            continue
-        parts.extend((file, start, stop) for start, stop in _cut_file(listing.kind, file, aim))
-    return [Unit(i, (file,), start, stop) for i, (file, start, stop) in enumerate(parts)]
+        if file.size:
+            length = _length(listing.kind, file, token_dtype)
+            # A file that cannot be entered in the middle has one part.
+            step = max(1, length * aim // file.size) if length else 1
+            for start in range(0, max(length, 1), step):
+                stop = min(start + step, length)
+                share = file.size * (stop - start) // length if length else file.size
+                units.append(Unit(len(units), (file,), share, start, stop))
+    return units
+
+
+def _length(kind: str, file: InputFile, token_dtype: str) -> int:
+    """What a file can be cut by: bytes, row groups or ids; 0 where it has to be read whole."""
+    if kind == "parquet":
+        from .readers import count_row_groups
+
+        return count_row_groups(file)
+    if kind == "tokens":
+        from .token_files import read_layout
+
+        return read_layout(file, token_dtype).count
+    return 0 if file.path.endswith((".gz", ".zst")) else file.size
 
 
 def _group_files(files: tuple[InputFile, ...], aim: int) -> list[Unit]:
     units: list[Unit] = []
     group: list[InputFile] = []
     held = 0
-    for file in files:
+    for i, file in enumerate(files):
         group.append(file)
         held += file.size
-        if held >= aim:
-            units.append(Unit(len(units), tuple(group)))
+        if held >= aim or i == len(files) - 1:
+            units.append(Unit(len(units), tuple(group), held))
             group, held = [], 0
-    if group:
-        units.append(Unit(len(units), tuple(group)))
     return units
-
-
-def _cut_file(kind: str, file: InputFile, aim: int) -> Iterator[tuple[int, int]]:
-    if kind == "jsonl" and not file.path.endswith((".gz", ".zst")):
-        length, step = file.size, aim
-    elif kind == "parquet":
-        from .readers import count_row_groups
-
-        length = count_row_groups(file)
-        step = max(1, -(-length * aim // file.size))
-    elif kind == "tokens":
-        from .token_files import count_ids
-
-        length = count_ids(file)
-        step = max(1, length * aim // file.size)
-    else:
-        yield 0, 0
-        return
-    for start in range(0, length, step):
-        yield start, min(start + step, length)

@@ -1,7 +1,8 @@
 """Text to ids and back: raw bytes, or a local Hugging Face tokenizer. Imports no torch.
 
 The byte ids are BLT's (specs: byte + 4, with BOE 0, BOS 1, EOS 2, PAD 3), so any bytes round-trip.
-A document is closed by EOS in every vocabulary, and EOS never occurs inside one: packing relies on it.
+A document is closed by EOS in every vocabulary, and EOS never occurs inside one: packing relies on
+it.
 """
 
 from __future__ import annotations
@@ -39,11 +40,15 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def encode(self, text: str | bytes) -> NDArray[np.int64]:
-        """(N,) int64 ids, without BOS or EOS; special tokens spelled out in the text are plain text."""
+        """(N,) int64 ids, without BOS or EOS; special tokens spelled out in the text are plain
+        text.
+        """
 
     @abstractmethod
     def encode_documents(self, texts: Sequence[bytes]) -> list[NDArray[Any]]:
-        """Each document's ids in storage type, opened by BOS where there is one and closed by EOS."""
+        """Each document's ids in storage type, opened by BOS where there is one and closed by
+        EOS.
+        """
 
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
@@ -51,7 +56,9 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def token_byte_lengths(self) -> NDArray[np.int32] | None:
-        """(size,) int32, raw bytes each id stands for (0 for special ids); None where that is not defined."""
+        """(size,) int32, raw bytes each id stands for (0 for special ids); None where that is not
+        defined.
+        """
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -114,21 +121,24 @@ def _byte_of_character() -> dict[str, int]:
 class HuggingFaceVocabulary(Vocabulary):
     """A `tokenizer.json` read by the tokenizers library; nothing is ever downloaded.
 
-    BOS opens documents exactly where the tokenizer's own post-processor adds it (Llama 3 yes, OLMo 2 no).
+    BOS opens documents exactly where the tokenizer's own post-processor adds it (Llama 3 yes, OLMo
+    2 no).
     """
 
     def __init__(self, path: Path) -> None:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise DataError(
-                f"no tokenizer at {file}: data.vocabulary=hf:PATH needs a local folder with tokenizer.json; "
+                f"no tokenizer at {file}: data.vocabulary=hf:PATH needs a local folder with "
+                "tokenizer.json; "
                 "download the model's tokenizer files there first"
             )
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
             raise LaunchError(
-                "data.vocabulary=hf:... needs the tokenizers package; install it with: pip install 'weft[hf]'"
+                "data.vocabulary=hf:... needs the tokenizers package; install it with: pip install "
+                "'weft[hf]'"
             ) from error
         raw = file.read_bytes()
         try:
@@ -136,8 +146,10 @@ class HuggingFaceVocabulary(Vocabulary):
             self._tokenizer = Tokenizer.from_str(raw.decode())
         except (ValueError, UnicodeDecodeError) as error:
             raise DataError(f"{file} is not a tokenizer.json: {error}") from error
-        except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exception for a bad file
-            raise DataError(f"{file} is not a tokenizer.json that tokenizers can read: {error}") from error
+        except Exception as error:
+            raise DataError(
+                f"{file} is not a tokenizer.json that tokenizers can read: {error}"
+            ) from error
         # A document that spells out "<|endoftext|>" must not be cut there.
         self._tokenizer.encode_special_tokens = True
         self._sha256 = hashlib.sha256(raw).hexdigest()
@@ -151,10 +163,18 @@ class HuggingFaceVocabulary(Vocabulary):
         self.dtype = np.dtype("<u2") if self.size <= 1 << 16 else np.dtype("<u4")
         eos = self._special_id(settings, "eos_token", vocab)
         if eos is None:
-            eos = next((vocab[name] for name in ("<|endoftext|>", "<|end_of_text|>", "</s>") if name in vocab), None)
+            eos = next(
+                (
+                    vocab[name]
+                    for name in ("<|endoftext|>", "<|end_of_text|>", "</s>")
+                    if name in vocab
+                ),
+                None,
+            )
         if eos is None:
             raise DataError(
-                f"{file} names no end-of-text token; put a tokenizer_config.json with eos_token beside it"
+                f"{file} names no end-of-text token; put a tokenizer_config.json with eos_token "
+                "beside it"
             )
         self.eos_id = eos
         opening = self._tokenizer.encode("", add_special_tokens=True).ids
@@ -168,7 +188,9 @@ class HuggingFaceVocabulary(Vocabulary):
 
     def encode(self, text: str | bytes) -> NDArray[np.int64]:
         string = text if isinstance(text, str) else text.decode("utf-8", errors="replace")
-        return np.array(self._tokenizer.encode(string, add_special_tokens=False).ids, dtype=np.int64)
+        return np.array(
+            self._tokenizer.encode(string, add_special_tokens=False).ids, dtype=np.int64
+        )
 
     def encode_documents(self, texts: Sequence[bytes]) -> list[NDArray[Any]]:
         strings = [text.decode("utf-8", errors="replace") for text in texts]
@@ -183,13 +205,16 @@ class HuggingFaceVocabulary(Vocabulary):
             table = _byte_of_character()
             names = [self._tokenizer.id_to_token(i) or "" for i in values if i not in specials]
             return b"".join(
-                bytes(table[c] for c in name) if all(c in table for c in name) else name.encode() for name in names
+                bytes(table[c] for c in name) if all(c in table for c in name) else name.encode()
+                for name in names
             )
         return self._tokenizer.decode(values, skip_special_tokens=True).encode()
 
     @property
     def _spelling(self) -> str:
-        """How tokens spell bytes: `byte_level` (GPT-2), `byte_fallback` (SentencePiece), or `other`."""
+        """How tokens spell bytes: `byte_level` (GPT-2), `byte_fallback` (SentencePiece), or
+        `other`.
+        """
         decoder = self._json.get("decoder") or {}
         kinds = {decoder.get("type")} | {item.get("type") for item in decoder.get("decoders", ())}
         if "ByteLevel" in kinds:

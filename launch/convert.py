@@ -1,0 +1,155 @@
+"""`weft convert`: Hugging Face folders to runs, and runs to Hugging Face folders."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from ..models.errors import ConfigError
+from .options import load_run, overrides_argument, run_argument, run_folder
+
+__all__ = ["command"]
+
+UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+
+@click.group(epilog="Example: weft convert import ./OLMo-2-1124-7B runs/olmo2-7b")
+def command() -> None:
+    """To and from Hugging Face checkpoints (Olmo2ForCausalLM, LlamaForCausalLM; safetensors only)."""
+
+
+@command.command(
+    "import",
+    epilog="Example: weft convert import ./OLMo-2-1124-7B runs/olmo2-7b data.sequence_length=2048",
+)
+@click.argument("folder", metavar="HF_DIR", type=click.Path(path_type=Path))
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@overrides_argument
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="Folder with tokenizer.json, if not HF_DIR.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier import.")
+def import_(
+    folder: Path, run: Path, overrides: tuple[str, ...], tokenizer: Path | None, overwrite: bool
+) -> None:
+    """Make the run folder RUN of HF_DIR: a complete config.yaml and the weights as step 0.
+
+    Tensors may have Hugging Face's or OLMo-core's names. KEY=VALUE goes over the run's configuration.
+    """
+    from ..trainer.convert import import_folder
+
+    with _progress("reading") as progress:
+        made = import_folder(
+            folder, run, overrides, tokenizer=tokenizer, overwrite=overwrite, progress=progress
+        )
+    data = made.config.data
+    click.echo(f"{run}: {made.parameters:,} parameters in checkpoints/step_00000000")
+    click.echo(f"vocabulary {data.vocabulary}, samples of {data.sequence_length} positions")
+    click.echo(f"next: weft eval {run}")
+    click.echo(f"      weft generate {run} --prompt TEXT")
+    click.echo(f"      weft train {run}/config.yaml checkpoint.start_from={run} run.dir=NEW_RUN")
+
+
+@command.command(
+    "export",
+    epilog="Example: weft convert export runs/olmo2-7b ./olmo2-7b-hf --dtype bf16 --max-shard-size 2GB",
+)
+@run_argument
+@click.argument("folder", metavar="HF_DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--step", type=click.IntRange(min=0), help="Checkpoint to export; the newest if left out."
+)
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Most bytes of one file.")
+@click.option(
+    "--max-positions",
+    type=click.IntRange(min=1),
+    help="max_position_embeddings; data.sequence_length if left out.",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="Folder with tokenizer.json, if not the run's.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
+def export(
+    run: str,
+    folder: Path,
+    step: int | None,
+    dtype: str,
+    max_shard_size: str,
+    max_positions: int | None,
+    tokenizer: Path | None,
+    overwrite: bool,
+) -> None:
+    """Write a checkpoint of RUN to HF_DIR as transformers reads it: safetensors, config.json, tokenizer."""
+    largest = parse_size(max_shard_size)
+    config = load_run(run).config
+    from ..trainer.convert import export_run
+
+    with _progress("writing") as progress:
+        made = export_run(
+            config,
+            run_folder(run),
+            folder,
+            step=step,
+            dtype=dtype,
+            max_shard_bytes=largest,
+            max_positions=max_positions,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    files = made.files[0] if len(made.files) == 1 else f"{len(made.files)} files and an index"
+    click.echo(
+        f"{folder}: {made.parameters:,} parameters of {made.checkpoint} as {dtype}, in {files}"
+    )
+    click.echo(f'next: AutoModelForCausalLM.from_pretrained("{folder}")')
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int], object]]:
+    """A counter of bytes and their speed on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import FileSizeColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), FileSizeColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda count: bar.advance(task, count)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500 MB`, `2GiB` or a plain number.
+
+    Raises:
+        ConfigError: something else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = UNITS.get(found.group(2).upper()) if found else None
+    if found is None or unit is None or float(found.group(1)) * unit < 1:
+        raise ConfigError(
+            f"--max-shard-size {text!r} is not a size; write 5GB, 500MB or a number of bytes"
+        )
+    return int(float(found.group(1)) * unit)

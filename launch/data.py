@@ -1,0 +1,232 @@
+"""`weft data`: prepare datasets ahead of a run, and look at what training will see."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..models.errors import DataError
+from .options import load_recipe_or_run, overrides_argument
+
+if TYPE_CHECKING:
+    from ..trainer.data.config import DataConfig
+    from ..trainer.data.shards import Manifest
+
+__all__ = ["command"]
+
+PREPARE_EXAMPLES = """\b
+Examples:
+  weft data prepare ~/texts --out data/texts
+  weft data prepare 'web/*.jsonl.zst' --out data/web --vocabulary hf:tokenizers/dolma2
+  weft data prepare builtin:python-stdlib --out data/stdlib --held-out 20
+"""
+
+INSPECT_EXAMPLES = """\b
+Examples:
+  weft data inspect olmo2/quickstart
+  weft data inspect olmo2/quickstart data.sequence_length=1024 --samples 1
+  weft data inspect data/texts --sequence-length 512 --verify
+"""
+
+
+@click.group()
+def command() -> None:
+    """Prepare datasets, look at what training will see.
+
+    Recipes prepare their sources by themselves on first use; prepare by hand what is large or
+    shared.
+
+    Example: weft data inspect olmo2/quickstart
+    """
+
+
+@command.command(epilog=PREPARE_EXAMPLES)
+@click.argument("source")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the dataset; must be new.",
+)
+@click.option(
+    "--vocabulary",
+    default="bytes",
+    show_default=True,
+    help="bytes, or hf:PATH with tokenizer.json.",
+)
+@click.option(
+    "--format",
+    "kind",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "text", "jsonl", "parquet", "tokens"]),
+    help="How to read SOURCE; auto goes by the file names.",
+)
+@click.option(
+    "--text-key", default="text", show_default=True, help="Field of the text in JSONL and Parquet."
+)
+@click.option(
+    "--extension", "extensions", multiple=True, help="Only files with this ending; may be repeated."
+)
+@click.option(
+    "--token-dtype",
+    default="uint32",
+    show_default=True,
+    type=click.Choice(["uint16", "uint32"]),
+    help="Type of headerless token files.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Processes; the result is the same for any number.",
+)
+@click.option(
+    "--held-out",
+    default=20,
+    show_default=True,
+    type=click.IntRange(0, 4096),
+    help="Documents kept for evaluation.",
+)
+@click.option(
+    "--held-out-min-bytes", default=0, type=click.IntRange(min=0), help="Hold out none shorter."
+)
+@click.option("--held-out-max-bytes", type=click.IntRange(min=1), help="Hold out none longer.")
+@click.option(
+    "--drop-repetitive",
+    is_flag=True,
+    help="Leave out documents with 32 repeats of an n-gram in a row.",
+)
+def prepare(
+    source: str,
+    out: Path,
+    vocabulary: str,
+    kind: str,
+    text_key: str,
+    extensions: tuple[str, ...],
+    token_dtype: str,
+    workers: int | None,
+    held_out: int,
+    held_out_min_bytes: int,
+    held_out_max_bytes: int | None,
+    drop_repetitive: bool,
+) -> None:
+    """Prepare SOURCE into memory-mapped shards.
+
+    SOURCE is a file, a folder, a glob, or builtin:NAME: text or code, JSONL (.gz, .zst), Parquet,
+    or token files. Run
+    the same command again after an interruption: finished shards are kept.
+    """
+    from ..trainer.data.config import HeldOutConfig, RepeatFilterConfig, SourceConfig
+    from ..trainer.data.prepare import plan_preparation, prepare_source
+
+    config = SourceConfig(
+        name=_name_of(source),
+        path=source,
+        format=kind,  # type: ignore[arg-type]
+        text_key=text_key,
+        extensions=extensions,
+        token_dtype=token_dtype,  # type: ignore[arg-type]
+    )
+    preparation = plan_preparation(
+        config,
+        vocabulary,
+        held_out=HeldOutConfig(
+            documents=held_out, min_bytes=held_out_min_bytes, max_bytes=held_out_max_bytes
+        ),
+        repeats=RepeatFilterConfig(),
+        drop_repetitive=drop_repetitive,
+    )
+    if preparation.listing.kind == "prepared":
+        raise DataError(
+            f"{source} is a prepared dataset already; name it in a recipe's data.sources path"
+        )
+    _report(prepare_source(preparation, out, workers=workers), out)
+
+
+def _name_of(path: str) -> str:
+    """A source's name from its path: what configuration allows of its last part."""
+    last = Path(path.removeprefix("builtin:")).expanduser().resolve().name
+    return re.sub(r"[^\w.-]+", "-", last).strip("-") or "data"
+
+
+def _report(manifest: Manifest, out: Path) -> None:
+    dropped = ", ".join(f"{number} {reason}" for reason, number in sorted(manifest.dropped.items()))
+    lines = [
+        f"{out}: {manifest.documents:,} documents, {manifest.tokens:,} ids, {manifest.bytes:,} "
+        "bytes, "
+        f"{len(manifest.shards)} shards",
+        f"held out {len(manifest.held_out)} documents, left out {dropped or 'none'}",
+        f"fingerprint {manifest.fingerprint}",
+        f"next: weft data inspect {out}, or a recipe with data.sources: "
+        f"[{{name: {_name_of(str(out))}, path: {out}}}]",
+    ]
+    click.echo("\n".join(lines))
+
+
+@command.command(epilog=INSPECT_EXAMPLES)
+@click.argument("what", metavar="RECIPE|RUN|DIR")
+@overrides_argument
+@click.option(
+    "--samples", default=3, show_default=True, type=click.IntRange(min=0), help="Samples to print."
+)
+@click.option("--seed", type=int, help="Seed of the order; a recipe's own by default.")
+@click.option("--vocabulary", help="For a DIR whose vocabulary is not bytes: hf:PATH.")
+@click.option(
+    "--sequence-length",
+    default=4096,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="For a DIR.",
+)
+@click.option("--verify", is_flag=True, help="Check every byte against the checksums first.")
+def inspect(
+    what: str,
+    overrides: tuple[str, ...],
+    samples: int,
+    seed: int | None,
+    vocabulary: str | None,
+    sequence_length: int,
+    verify: bool,
+) -> None:
+    """Show sources, document lengths, packing and decoded samples of a recipe, a run, or a prepared
+    dataset.
+    """
+    from rich.console import Console
+
+    from ..trainer.data.dataset import open_data
+    from ..trainer.data.inspect import render_dataset
+    from ..trainer.data.shards import verify_prepared
+
+    if (Path(what) / "manifest.json").is_file():
+        config, own_seed = _config_of_folder(Path(what), vocabulary, sequence_length), 0
+    else:
+        loaded = load_recipe_or_run(what, overrides).config
+        config, own_seed = loaded.data, loaded.run.seed
+    data = open_data(config)
+    if verify:
+        for source in data.sources:
+            verify_prepared(source.folder)
+    console = Console(highlight=False)
+    # Piped output has no width of its own; 80 columns would cut tables.
+    if not console.is_terminal:
+        console = Console(highlight=False, width=140)
+    for item in render_dataset(data, seed=own_seed if seed is None else seed, samples=samples):
+        console.print(item)
+
+
+def _config_of_folder(folder: Path, vocabulary: str | None, sequence_length: int) -> DataConfig:
+    from ..trainer.data.config import DataConfig, SourceConfig
+    from ..trainer.data.shards import read_manifest
+
+    kind = read_manifest(folder).vocabulary["kind"]
+    if vocabulary is None and kind != "bytes":
+        raise DataError(
+            f"{folder} was prepared with a tokenizer; name it with --vocabulary hf:PATH"
+        )
+    source = SourceConfig(name=_name_of(str(folder)), path=str(folder), format="prepared")
+    return DataConfig(
+        sources=(source,), vocabulary=vocabulary or "bytes", sequence_length=sequence_length
+    )

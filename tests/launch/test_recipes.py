@@ -1,0 +1,144 @@
+"""Every recipe that ships loads, and the published ones have the published numbers."""
+
+from __future__ import annotations
+
+import pytest
+from weft.launch.options import RECIPES, load_recipe
+from weft.trainer.configuration.checks import check_against_world
+from weft.trainer.configuration.recipes import list_recipes
+from weft.trainer.configuration.schema import TrainingConfig
+from weft.trainer.optimization.schedule import learning_rate
+
+NAMES = list_recipes(RECIPES)
+
+# OLMo 2 (arXiv 2501.00656) and its released configurations.
+PARAMETERS = {
+    "olmo2/1b": 1_484_916_736,
+    "olmo2/7b": 7_298_617_344,
+    "olmo2/13b": 13_716_198_400,
+    "olmo2/32b": 32_234_279_936,
+    "llama3/8b": 8_030_261_248,
+}
+WITHOUT_INPUT_EMBEDDING = {
+    "olmo2/1b": 1_279_395_840,
+    "olmo2/7b": 6_887_575_552,
+    "olmo2/13b": 13_202_396_160,
+    "olmo2/32b": 31_720_477_696,
+}
+GIGAFLOPS_A_TOKEN = {
+    "olmo2/1b": 9.287,
+    "olmo2/7b": 47.768,
+    "olmo2/13b": 89.281,
+    "olmo2/32b": 206.429,
+}
+# Sequences of a batch, peak rate, last step of stage 1, trillions of tokens by then.
+RUNS = {
+    "olmo2/1b": (512, 4e-4, 1_907_359, 4.00),
+    "olmo2/7b": (1024, 3e-4, 928_646, 3.90),
+    "olmo2/13b": (2048, 9e-4, 596_057, 5.00),
+    "olmo2/32b": (2048, 6e-4, 721_901, 6.06),
+}
+RATES = {
+    "olmo2/1b": {
+        2000: 2e-4,
+        4000: 4e-4,
+        100_000: 3.98556949e-4,
+        1_000_000: 2.65610026e-4,
+        1_907_359: 7.448729e-5,
+    },
+    "olmo2/7b": {
+        1000: 1.5e-4,
+        2000: 3e-4,
+        100_000: 2.9550768e-4,
+        500_000: 1.99207520e-4,
+        928_646: 6.135114e-5,
+    },
+    "olmo2/13b": {
+        500: 4.5e-4,
+        1000: 9e-4,
+        100_000: 8.45926602e-4,
+        300_000: 4.91842348e-4,
+        596_057: 9.0e-5,
+    },
+    "olmo2/32b": {
+        1000: 3e-4,
+        2000: 6e-4,
+        100_000: 5.78858681e-4,
+        500_000: 2.11704878e-4,
+        721_901: 6.62323e-5,
+    },
+}
+
+
+def load(name: str) -> TrainingConfig:
+    return load_recipe(name).config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loads_and_runs_on_some_world(name: str) -> None:
+    config = load(name)
+    assert config.run.name == name.replace("/", "-")
+    assert config.data.sources
+    check_against_world(config, config.parallel.shard_ranks or 1)
+
+
+def test_all_recipes_are_there() -> None:
+    sizes = {"debug", "quickstart", "190m", "1b", "7b", "13b", "32b"}
+    assert set(NAMES) == {f"olmo2/{size}" for size in sizes} | {"llama3/debug", "llama3/8b"}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_parameter_counts(name: str) -> None:
+    counts = load(name).model.count_parameters()
+    assert sum(counts.values()) == PARAMETERS[name]
+    if name in WITHOUT_INPUT_EMBEDDING:
+        assert sum(counts.values()) - counts["embedding"] == WITHOUT_INPUT_EMBEDDING[name]
+
+
+@pytest.mark.parametrize("name", GIGAFLOPS_A_TOKEN)
+def test_published_flops_per_token(name: str) -> None:
+    config = load(name)
+    assert config.data.sequence_length == 4096
+    flops = config.model.flops_per_token(4096)
+    assert flops / 1e9 == pytest.approx(GIGAFLOPS_A_TOKEN[name], abs=6e-4)
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_published_learning_rates(name: str) -> None:
+    config = load(name)
+    batch, steps = config.train.batch_tokens, config.train.steps
+    for step, rate in RATES[name].items():
+        found = learning_rate(config.schedule, config.optimizer.lr, step, batch, steps)
+        assert found == pytest.approx(rate, rel=2e-7), step
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_published_settings(name: str) -> None:
+    config = load(name)
+    sequences, peak, steps, trillions = RUNS[name]
+    assert config.batch_rows == sequences
+    assert config.optimizer.lr == peak
+    assert config.train.steps == steps
+    assert steps * config.train.batch_tokens / 1e12 == pytest.approx(trillions, abs=0.006)
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert (config.optimizer.eps, config.optimizer.weight_decay) == (1e-8, 0.1)
+    assert config.optimizer.clip_grad_norm == 1.0
+    assert config.optimizer.skip_step == (name == "olmo2/32b")
+    assert (config.model.z_loss, config.model.norm_eps) == (1e-5, 1e-6)
+    assert config.precision.compute == "bf16"
+    repeats = config.data.repeat_filter
+    assert repeats.enabled
+    assert (repeats.min_period, repeats.max_period, repeats.max_count) == (1, 13, 32)
+
+
+@pytest.mark.parametrize("name", ["olmo2/debug", "olmo2/quickstart", "llama3/debug"])
+def test_small_recipes_need_nothing_but_the_install(name: str) -> None:
+    config = load(name)
+    assert config.data.vocabulary == "bytes"
+    assert [source.path for source in config.data.sources] == ["builtin:python-stdlib"]
+
+
+def test_quickstart_hashes_byte_ngrams() -> None:
+    ngram = load("olmo2/quickstart").model.ngram
+    assert ngram is not None
+    assert (ngram.sizes, ngram.rows) == ((2, 3, 4, 5, 6, 7), 65_536)

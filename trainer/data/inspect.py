@@ -1,0 +1,235 @@
+"""What training will see, in tables: sources, document lengths, packing, and samples with their
+borders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dataset import Dataset, Source
+from .loader import PackedLoader
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ...models.batch import PackedBatch
+
+__all__ = [
+    "LengthSummary",
+    "PackingSummary",
+    "render_dataset",
+    "summarise_lengths",
+    "summarise_packing",
+]
+
+PERCENTILES = (1, 10, 50, 90, 99)
+BAR_WIDTH = 30
+PACKING_SAMPLES = 1024
+ROWS_AT_ONCE = 64
+SAMPLE_CHARACTERS = 1200
+BORDER = "⟦next document⟧"
+CUT_OFF = "⟦row ends inside the document⟧"
+NO_LOSS = "⟦repeats: no loss on this row⟧"
+
+
+@dataclass(frozen=True)
+class LengthSummary:
+    """Document lengths of a source, in ids.
+
+    Args:
+        percentiles: those of `PERCENTILES`.
+        histogram: (documents shorter than this power of two but not than the one before,
+            documents).
+    """
+
+    documents: int
+    mean: float
+    longest: int
+    percentiles: tuple[int, ...]
+    histogram: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class PackingSummary:
+    """How well rows are used, over some samples of the order.
+
+    Args:
+        trained: share of positions that carry a loss.
+        filtered: share of rows silenced by the repeat filter.
+        documents: documents or parts of one in a row, on average.
+        cut: share of rows that end inside a document.
+    """
+
+    samples: int
+    trained: float
+    filtered: float
+    documents: float
+    cut: float
+
+
+def summarise_lengths(lengths: NDArray[np.int64]) -> LengthSummary:
+    """Of (D,) document lengths."""
+    bits = np.ceil(np.log2(lengths + 1)).astype(int)
+    counts = np.bincount(bits)
+    present = np.flatnonzero(counts)
+    histogram = tuple(
+        (1 << int(bit), int(counts[bit])) for bit in range(present[0], present[-1] + 1)
+    )
+    cuts = np.percentile(lengths, PERCENTILES, method="inverted_cdf").astype(int).tolist()
+    return LengthSummary(
+        len(lengths), float(lengths.mean()), int(lengths.max()), tuple(cuts), histogram
+    )
+
+
+def summarise_packing(data: Dataset, seed: int, samples: int = PACKING_SAMPLES) -> PackingSummary:
+    """Look at the first samples of a run's order."""
+    total = sum(source.sequences for source in data.sources)
+    rows = min(samples, total) // ROWS_AT_ONCE * ROWS_AT_ONCE or min(samples, total)
+    trained = positions = silent = pieces = cut = 0
+    for batch in _batches(data, seed, rows):
+        trained += batch.target_count
+        positions += len(batch.tokens)
+        carries_loss = (batch.targets.view(batch.rows, -1) >= 0).any(dim=1)
+        silent += int((~carries_loss).sum())
+        pieces += len(batch.cu_seqlens) - 1
+        last_ids = batch.tokens.view(batch.rows, -1)[:, -1]
+        cut += int((last_ids != data.vocabulary.eos_id).sum())
+    return PackingSummary(rows, trained / positions, silent / rows, pieces / rows, cut / rows)
+
+
+def _batches(data: Dataset, seed: int, rows: int) -> Iterator[PackedBatch]:
+    at_once = min(ROWS_AT_ONCE, rows)
+    with PackedLoader(data, seed=seed, batch_rows=at_once, end_sample=rows) as loader:
+        for _ in range(rows // at_once):
+            yield loader.next_step().micro_batches[0]
+
+
+def render_dataset(data: Dataset, *, seed: int = 0, samples: int = 3) -> Iterator[RenderableType]:
+    """Tables and samples, for a rich console."""
+    yield _sources_table(data)
+    for source in data.sources:
+        yield from _render_lengths(source)
+    yield _packing_table(summarise_packing(data, seed))
+    if samples:
+        yield from _render_samples(data, seed, samples)
+
+
+def _plain_table(
+    title: str, columns: tuple[str, ...], rows: Sequence[Sequence[str]]
+) -> RenderableType:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i and name.strip() else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _sources_table(data: Dataset) -> RenderableType:
+    total = sum(source.config.weight or source.sequences for source in data.sources)
+    rows = []
+    for source in data.sources:
+        share = (source.config.weight or source.sequences) / total
+        dropped = ", ".join(
+            f"{number} {reason}" for reason, number in sorted(source.manifest.dropped.items())
+        )
+        rows.append(
+            (
+                source.name,
+                f"{source.manifest.documents:,}",
+                f"{source.train.tokens:,}",
+                f"{source.manifest.bytes:,}",
+                f"{source.sequences:,}",
+                f"{share:.1%}",
+                f"{len(source.manifest.held_out)} ({source.held_out_bytes:,} B)",
+                dropped or "none",
+                source.manifest.fingerprint[:12],
+            )
+        )
+    columns = (
+        "source", "documents", "train ids", "bytes", f"samples of {data.sequence_length}",
+        "share", "held out", "left out", "fingerprint",
+    )  # fmt: skip
+    return _plain_table(
+        f"Sources, vocabulary {data.config.vocabulary} ({data.vocabulary.size} ids)", columns, rows
+    )
+
+
+def _render_lengths(source: Source) -> Iterator[RenderableType]:
+    summary = summarise_lengths(source.document_lengths())
+    most = max(count for _, count in summary.histogram)
+    rows = [
+        (
+            f"{edge // 2:,} to {edge - 1:,}",
+            f"{count:,}",
+            "█" * round(BAR_WIDTH * count / most) or "▏",
+        )
+        for edge, count in summary.histogram
+    ]
+    yield _plain_table(
+        f"Document lengths of {source.name}, ids", ("length", "documents", " " * BAR_WIDTH), rows
+    )
+    cuts = ", ".join(
+        f"{p} % {value:,}" for p, value in zip(PERCENTILES, summary.percentiles, strict=True)
+    )
+    yield f"mean {summary.mean:,.0f}, {cuts}, longest {summary.longest:,}\n"
+
+
+def _packing_table(summary: PackingSummary) -> RenderableType:
+    rows = [
+        ("positions that carry a loss", f"{summary.trained:.2%}"),
+        ("rows silenced by the repeat filter", f"{summary.filtered:.2%}"),
+        ("padding", "0 (nothing is padded)"),
+        ("documents or parts of one in a row", f"{summary.documents:.2f}"),
+        ("rows that end inside a document", f"{summary.cut:.2%}"),
+    ]
+    return _plain_table(f"Packing, first {summary.samples} samples", ("", "value"), rows)
+
+
+def _render_samples(data: Dataset, seed: int, samples: int) -> Iterator[RenderableType]:
+    from rich.panel import Panel
+    from rich.text import Text
+
+    rows = min(samples, sum(source.sequences for source in data.sources))
+    with PackedLoader(data, seed=seed, batch_rows=1, end_sample=rows) as loader:
+        for _ in range(rows):
+            batch = loader.next_step().micro_batches[0]
+            source = data.sources[batch.source_ids[0]].name
+            text = Text()
+            for piece, style in decode_pieces(data, batch):
+                text.append(piece, style=style)
+            yield Panel(
+                text, title=f"sample {batch.sample_ids[0]} from {source}", title_align="left"
+            )
+
+
+def decode_pieces(data: Dataset, batch: PackedBatch) -> Iterator[tuple[str, str]]:
+    """(text, style) of a batch's documents, with marks where they are cut; long ones lose their
+    middle.
+    """
+    borders = batch.cu_seqlens.tolist()
+    room = max(80, SAMPLE_CHARACTERS // (len(borders) - 1))
+    for i, (start, stop) in enumerate(pairwise(borders)):
+        if i:
+            yield f"\n{BORDER}\n", "bold magenta"
+        text = data.vocabulary.decode(batch.tokens[start:stop].numpy())
+        if len(text) > room:
+            text = (
+                f"{text[: room // 2]}\n… {len(text) - room:,} characters …\n{text[-(room // 2) :]}"
+            )
+        yield text, ""
+    if int(batch.tokens[-1]) != data.vocabulary.eos_id:
+        yield f"\n{CUT_OFF}", "bold magenta"
+    if batch.target_count == 0:
+        yield f"\n{NO_LOSS}", "bold red"

@@ -1,0 +1,213 @@
+"""One picture of a run, RUN/plots/loss.png, from metrics.jsonl alone. matplotlib is imported on use.
+
+The large panel has the training curve, its smoothed form and held-out points against tokens, in bits per byte
+where the vocabulary allows; small panels below have the learning rate and the gradient norm.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...models.errors import DataError
+from .records import METRICS_FILE, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_run"]
+
+INK, MUTED, GRID = "#24292f", "#6e7781", "#e6e8eb"
+TRAIN, HELD_OUT = "#2f6f9f", "#c2410c"
+REFERENCES = ("#57606a", "#8c6d1f", "#5b7553", "#7a4f7a")
+MAX_POINTS = 4000
+
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def plot_run(
+    run_dir: Path | str,
+    *,
+    baselines: Mapping[str, float] | None = None,
+    path: Path | str | None = None,
+) -> Path:
+    """Draw a run's curves.
+
+    Args:
+        run_dir: the run folder.
+        baselines: horizontal lines by name, in the unit of the large panel, such as `gzip -9` in bits per byte.
+        path: of the PNG; None is RUN/plots/loss.png.
+
+    Returns:
+        Where the PNG is.
+
+    Raises:
+        DataError: the run has no records to draw.
+    """
+    records = read_metrics(run_dir)
+    in_bits = any("bits_per_byte" in record for record in records)
+    key, unit = ("bits_per_byte", "bits per byte") if in_bits else ("loss", "loss (nats a token)")
+    train = _curve(records, key)
+    if not len(train[0]):
+        raise DataError(
+            f"{Path(run_dir) / METRICS_FILE} has no training steps to plot; let the run log some first"
+        )
+    target = Path(path) if path is not None else Path(run_dir) / "plots" / "loss.png"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure, large, small = _panels(_title(run_dir, records))
+    _draw_main(large, train, _curve(records, f"eval/{key}"), dict(baselines or {}), unit)
+    _draw_small(small[0], _curve(records, "lr"), "learning rate", is_log=False)
+    _draw_small(small[1], _curve(records, "grad_norm"), "gradient norm", is_log=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, format="png", dpi=150, facecolor="white")
+    os.replace(temporary, target)
+    return target
+
+
+def _curve(records: list[dict[str, Any]], key: str) -> Curve:
+    """Tokens and values of the steps that have a finite one."""
+    found, tokens = [], 0
+    for record in records:
+        tokens = record.get("tokens", tokens)
+        value = record.get(key)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            found.append((tokens or record["step"], value))
+    array = np.array(found, dtype=np.float64).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def _title(run_dir: Path | str, records: list[dict[str, Any]]) -> str:
+    steps = records[-1]["step"]
+    return f"{Path(run_dir).resolve().name}  ·  {steps:,} steps"
+
+
+def _panels(title: str) -> tuple[Figure, Axes, tuple[Axes, Axes]]:
+    # Not pyplot: no global state, no window system, safe in a thread.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6.6))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
+    grid = figure.add_gridspec(2, 2, height_ratios=(2.6, 1))
+    large = figure.add_subplot(grid[0, :])
+    small = (figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1]))
+    large.set_title(title, loc="left", fontsize=14, fontweight="bold", color=INK, pad=12)
+    for axes in (large, *small):
+        axes.grid(True, color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(MUTED)
+        axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=10)
+    return figure, large, small
+
+
+def _draw_main(
+    axes: Axes, train: Curve, held_out: Curve, baselines: dict[str, float], unit: str
+) -> None:
+    tokens, values = _thin(train)
+    axes.plot(tokens, values, color=TRAIN, alpha=0.22, linewidth=0.9)
+    smooth = _smooth(train[1])
+    axes.plot(
+        *_thin((train[0], smooth)),
+        color=TRAIN,
+        linewidth=2.0,
+        label=f"training, smoothed ({smooth[-1]:.3f})",
+    )
+    if len(held_out[0]):
+        label = f"held out ({held_out[1][-1]:.3f})"
+        line = "-" if len(held_out[0]) > 1 else ""
+        axes.plot(
+            *held_out,
+            line,
+            color=HELD_OUT,
+            marker="o",
+            markersize=6,
+            linewidth=1.4,
+            label=label,
+            zorder=4,
+        )
+    for (name, value), color in zip(baselines.items(), REFERENCES * len(baselines), strict=False):
+        axes.axhline(
+            value, color=color, linestyle=(0, (5, 3)), linewidth=1.3, label=f"{name} ({value:.3f})"
+        )
+    axes.set_ylim(*_limits(smooth, held_out[1], list(baselines.values())))
+    axes.set_xlim(0, train[0][-1] * 1.01)
+    _label(axes, unit, size=11)
+    axes.set_xlabel("tokens", fontsize=11, color=INK)
+    axes.legend(
+        frameon=True,
+        framealpha=0.9,
+        edgecolor="none",
+        fontsize=10,
+        loc="upper right",
+        labelcolor=INK,
+    )
+
+
+def _draw_small(axes: Axes, curve: Curve, name: str, *, is_log: bool) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    tokens, values = _thin(curve)
+    axes.plot(tokens, values, color=MUTED, linewidth=1.1)
+    if is_log and len(values) and values.min() > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    # 0.002 and 5, not powers of ten.
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    if len(tokens):
+        axes.set_xlim(0, tokens[-1] * 1.01)
+    axes.set_title(name, loc="left", fontsize=10.5, color=INK)
+    _label(axes, "", size=10)
+    axes.set_xlabel("tokens", fontsize=10, color=INK)
+
+
+def _label(axes: Axes, unit: str, *, size: int) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    engineering = EngFormatter(sep="")
+
+    def count(value: float, position: float) -> str:
+        # 250K and 2B, where engineers say 250k and 2G.
+        return engineering(value).replace("k", "K").replace("G", "B")
+
+    axes.set_ylabel(unit, fontsize=size, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(count)
+
+
+def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Running mean over 2 % of the run, at least 10 steps; centred, so that it does not lag behind."""
+    half = max(5, len(values) // 100)
+    sums = np.concatenate([[0.0], values.cumsum()])
+    places = np.arange(len(values))
+    # The window shrinks evenly at both ends: a one-sided one would bend the curve there.
+    reach = np.minimum(half, np.minimum(places, len(values) - 1 - places))
+    # The last values are of one step; a mean of the newest few says more.
+    reach_back = np.maximum(reach, np.minimum(places, half // 2))
+    return (sums[places + reach + 1] - sums[places - reach_back]) / (reach + reach_back + 1)
+
+
+def _thin(curve: Curve) -> Curve:
+    """At most MAX_POINTS of a curve: a PNG has no room for more."""
+    stride = -(-len(curve[0]) // MAX_POINTS) or 1
+    return curve[0][::stride], curve[1][::stride]
+
+
+def _limits(
+    smooth: NDArray[np.float64], held_out: NDArray[np.float64], baselines: list[float]
+) -> tuple[float, float]:
+    """From below everything to the smoothed curve's early values: its very first ones would flatten the rest."""
+    early = smooth[len(smooth) * 3 // 100]
+    shown = [smooth.min(), early, *held_out, *baselines]
+    low, high = min(shown), max(shown)
+    margin = 0.06 * max(high - low, 1e-3)
+    return low - margin, high + margin

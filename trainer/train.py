@@ -1,0 +1,184 @@
+"""One attempt at a run: open everything, take up where the run stands, train, leave a clean folder.
+
+The same function serves a new run and a resumed one, one process and many.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models import build_task
+from ..models.errors import CheckpointError, ConfigError
+from ..models.task import Task
+from .checkpoint.manager import CheckpointManager
+from .checkpoint.reading import find_checkpoint
+from .configuration.load import config_hash, dump_config
+from .configuration.schema import TrainingConfig, check_against_world
+from .data.dataset import Dataset, open_data
+from .data.loader import PackedLoader, check_epochs
+from .distributed import Topology, initialise_distributed, shutdown_distributed
+from .engines.build import build_engine
+from .engines.protocol import Engine
+from .evaluation import evaluate
+from .files import write_text
+from .loop import Run, TrainState, fit
+from .metrics.progress import Progress
+from .metrics.recorder import MetricsRecorder
+from .policies import StopRequest
+
+__all__ = ["STOPPED_EXIT_CODE", "train"]
+
+STOPPED_EXIT_CODE = 75
+"""The run was asked to stop and saved: start it again with `weft train --resume`."""
+
+log = logging.getLogger("weft")
+
+
+def train(config: TrainingConfig, *, resume: bool) -> int:
+    """Collective: run until the last step or a request to stop.
+
+    Args:
+        resume: go on with the run in the configured folder; otherwise the folder must not hold one.
+
+    Returns:
+        The exit code: 0 finished, 75 stopped on request with everything saved.
+
+    Raises:
+        WeftError: any error the user can mend.
+    """
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    topology = initialise_distributed(config.run.device, config.parallel.timeout_s)
+    try:
+        check_against_world(config, topology.world_size)
+        claim_folder(config, topology, resume=resume)
+        # Signals count from here on: a stop asked for while opening is honoured before the first step.
+        with StopRequest(config.run_dir) as stop:
+            run = open_run(config, topology, resume=resume)
+            try:
+                with run.progress:
+                    outcome = fit(run, stop)
+            finally:
+                run.loader.close()
+                run.recorder.close()
+                run.checkpoints.close()
+        if outcome == "stopped" and topology.is_main:
+            print(f"stopped by {stop.reason or 'another rank'} after step {run.state.step}; go on with: weft train --resume {config.run_dir}")
+        return 0 if outcome == "finished" else STOPPED_EXIT_CODE
+    finally:
+        shutdown_distributed()
+
+
+def claim_folder(config: TrainingConfig, topology: Topology, *, resume: bool) -> None:
+    """Collective: make the run folder and write its configuration, or refuse a folder that holds another run.
+
+    Raises:
+        ConfigError: a new run in a used folder, or a folder that cannot be written.
+    """
+    problem = None
+    if topology.is_main:
+        folder = config.run_dir
+        has_run = (folder / "checkpoints" / "latest").exists() or (folder / "metrics.jsonl").exists()
+        if has_run and not resume:
+            problem = f"{folder} already holds a run; go on with it: weft train --resume {folder}, or set run.dir to a new folder"
+        else:
+            try:
+                (folder / "logs").mkdir(parents=True, exist_ok=True)
+                write_text(folder / "config.yaml", dump_config(config))
+            except OSError as error:
+                problem = f"run folder {folder} cannot be written: {error.strerror}; set run.dir elsewhere"
+    problem = topology.broadcast_json(problem)
+    if problem:
+        raise ConfigError(problem)
+
+
+def open_run(config: TrainingConfig, topology: Topology, *, resume: bool) -> Run:
+    """Collective: data, engine, checkpoint and records, at the step the run stands at."""
+    data = open_data(config.data, topology)
+    task = build_task(config.model)
+    engine = build_engine(task, config, topology)
+    checkpoints = CheckpointManager(config.run_dir, config.checkpoint, topology)
+    state = TrainState()
+    if resume:
+        state = restore(engine, checkpoints, data, config)
+    elif config.checkpoint.start_from:
+        start_from(engine, checkpoints, config)
+    if state.step >= config.train.steps:
+        raise ConfigError(f"{config.run_dir} is finished: it stands at step {state.step} of train.steps={config.train.steps}; raise train.steps to go on")
+    total = config.train.steps * config.batch_rows
+    rows = config.batch_rows // engine.data_ranks
+    micro = (config.train.micro_batch_tokens or rows * config.data.sequence_length) // config.data.sequence_length
+    loader = PackedLoader(
+        data,
+        seed=config.run.seed,
+        batch_rows=config.batch_rows,
+        micro_batch_rows=micro,
+        data_rank=engine.data_rank,
+        data_ranks=engine.data_ranks,
+        start_sample=state.samples,
+        end_sample=state.samples + (config.train.steps - state.step) * config.batch_rows,
+        pin_memory=topology.device.type == "cuda",
+    )
+    check_epochs(data, loader.order, total)
+    return Run(
+        config=config,
+        topology=topology,
+        task=task,
+        engine=engine,
+        loader=loader,
+        checkpoints=checkpoints,
+        recorder=MetricsRecorder(config.run_dir, config.logging, topology, resume_step=state.step),
+        progress=Progress(config.logging, topology, config.train.steps, name=config.run.name, start_step=state.step),
+        state=state,
+        evaluate=lambda: evaluation_values(engine, task, data, config),
+        fixed_state={"data": {"fingerprints": data.fingerprints, "seed": config.run.seed}, "config_hash": config_hash(config)},
+    )
+
+
+def evaluation_values(engine: Engine, task: Task, data: Dataset, config: TrainingConfig) -> dict[str, Any]:
+    """Collective: held-out numbers as flat metric names, `eval/SOURCE/loss` and so on."""
+    results = evaluate(engine, task, data, config.eval, rows=max(1, config.batch_rows // engine.data_ranks))
+    return {f"eval/{source}/{name}": value for source, values in results.items() for name, value in values.items()}
+
+
+def restore(engine: Engine, checkpoints: CheckpointManager, data: Dataset, config: TrainingConfig) -> TrainState:
+    """Collective: the newest sound checkpoint into the engine; a run that never saved starts from the beginning."""
+    path = checkpoints.find_latest()
+    if path is None:
+        log.warning("%s has no complete checkpoint; starting from step 0", config.run_dir)
+        return TrainState()
+    loaded = checkpoints.load(path, engine.state_shards())
+    data.check_fingerprints(loaded.state["data"]["fingerprints"])
+    if loaded.state["data"]["seed"] != config.run.seed:
+        raise ConfigError(f"run.seed is {config.run.seed} but the run was started with {loaded.state['data']['seed']}; leave it as it was")
+    engine.load_scalar_state(loaded.state["engine"])
+    known = {item.name for item in fields(TrainState)}
+    return TrainState(**{name: value for name, value in loaded.state["train"].items() if name in known})
+
+
+def start_from(engine: Engine, checkpoints: CheckpointManager, config: TrainingConfig) -> None:
+    """Collective: weights, and on request the optimizer, of another run; the data order starts anew.
+
+    Raises:
+        CheckpointError: nothing sound there.
+    """
+    source = Path(config.checkpoint.start_from or "")
+    path = find_checkpoint(source)
+    if path is None:
+        raise CheckpointError(f"checkpoint.start_from: {source} holds no complete checkpoint")
+    wants_optimizer = config.checkpoint.start_from_parts == "weights_and_optimizer"
+    shards = [s for s in engine.state_shards() if s.name.startswith("parameters/") or wants_optimizer]
+    loaded = checkpoints.load(path, shards, subset=True)
+    if wants_optimizer:
+        engine.load_scalar_state(loaded.state["engine"])
+
+
+def configure_logging() -> None:
+    """Warnings as plain lines on standard error."""
+    logging.basicConfig(level=logging.WARNING, format="weft: %(levelname)s: %(message)s", stream=sys.stderr)
