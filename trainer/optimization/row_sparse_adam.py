@@ -39,8 +39,8 @@ def row_sparse_adam_(
     new_avg = torch.lerp(old_avg, gradient, 1 - beta1)
     new_sq = (old_sq * beta2).addcmul_(gradient, gradient, value=1 - beta2)
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    denominator = (new_sq / correction2).sqrt_().add_(eps)
-    update = new_avg.div(denominator).mul_(lr / correction1)
+    # The correction of the second moment is outside the root's epsilon, as torch.optim.SparseAdam has it.
+    update = new_avg / (new_sq.sqrt() + eps) * (lr * correction2.sqrt() / correction1)
     # `where`, not a product with zero: a gradient that is not finite must leave no trace.
     is_kept = keep > 0
     exp_avg[rows] = torch.where(is_kept, new_avg, old_avg)

@@ -1,0 +1,28 @@
+"""From the configuration to the engine it names."""
+
+from __future__ import annotations
+
+from ...models.task import Task
+from ..configuration.schema import TrainingConfig
+from ..distributed import Topology
+from .protocol import Engine
+from .torch_engine import TorchEngine
+
+__all__ = ["build_engine"]
+
+
+def build_engine(task: Task, config: TrainingConfig, topology: Topology, *, trains: bool = True) -> Engine:
+    """Collective: networks with start values, sharded as configured.
+
+    Args:
+        trains: False leaves the optimizer out, for evaluation and generation.
+    """
+    return TorchEngine(
+        task,
+        topology,
+        parallel=config.parallel,
+        precision=config.precision,
+        optimizer=config.optimizer,
+        seed=config.run.seed,
+        trains=trains,
+    )

@@ -1,0 +1,290 @@
+"""The engine of plain PyTorch: one process, replicas (ddp), shards (fsdp), or both (hsdp).
+
+Master weights, moments and reductions are fp32. Parameters are built on the meta device, sharded, and only then given
+values, each rank filling its own range. Read `forward_backward` and `step` first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from ...models.batch import PackedBatch
+from ...models.errors import ConfigError
+from ...models.initialise import fill_range
+from ...models.task import LossOutput, Task
+from ..distributed import Topology
+from ..optimization.config import OptimizerConfig
+from ..optimization.skip_step import SkipStep
+from ..optimization.updates import LocalParameter, Updates
+from ..seeding import seed_micro_batch
+from .config import ParallelConfig, PrecisionConfig
+from .gradient_sync import GradientSync
+from .protocol import Engine, StepResult, TensorShard
+from .sharding import flat_range, local_tensor, make_mesh, pick_strategy, shard_networks
+
+__all__ = ["TorchEngine"]
+
+
+class TorchEngine(Engine):
+    """See `Engine`.
+
+    Args:
+        seed: of the start values and of everything drawn inside forward passes.
+        trains: False builds no optimizer, for evaluation and generation.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        topology: Topology,
+        *,
+        parallel: ParallelConfig,
+        precision: PrecisionConfig,
+        optimizer: OptimizerConfig,
+        seed: int,
+        trains: bool = True,
+    ) -> None:
+        self.task, self.topology, self.optimizer_config, self.seed = task, topology, optimizer, seed
+        self.precision = precision
+        self.strategy = pick_strategy(parallel, topology)
+        with torch.device("meta"):
+            self.networks = task.build_networks()
+        self.groups = task.parameter_groups(self.networks)
+        self._group_of = {name: group for group in self.groups for name in group.parameters}
+        self._mark_frozen_and_sparse()
+        blocks = task.blocks(self.networks)
+        _wrap_blocks(blocks, parallel)
+        self.mesh = make_mesh(self.strategy, parallel, topology)
+        if self.mesh is not None:
+            shard_networks(self.networks, blocks, self.mesh, precision, self._sparse.values())
+        self._materialise()
+        self.parameters = {name: LocalParameter(name, p, local_tensor) for name, p in self._named()}
+        self._sync = self._build_sync()
+        self.updates: dict[str, Updates] = {}
+        if trains:
+            phases = sorted({group.phase for group in self.groups})
+            self.updates = {
+                phase: Updates([g for g in self.groups if g.phase == phase], self.parameters, optimizer) for phase in phases
+            }
+        self.skip_step = SkipStep(optimizer, topology.device) if optimizer.skip_step and trains else None
+
+    # Construction
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for network, module in self.networks.items():
+            for name, parameter in module.named_parameters():
+                yield f"{network}/{name}", parameter
+
+    def _mark_frozen_and_sparse(self) -> None:
+        named = dict(self._named())
+        ungrouped = sorted(named.keys() ^ self._group_of.keys())
+        if ungrouped:
+            raise ConfigError(f"parameter groups and networks disagree about {ungrouped[0]}; each parameter belongs to one group")
+        for name, parameter in named.items():
+            parameter.requires_grad_(self._group_of[name].algorithm != "frozen")
+        self._sparse = {n: p for n, p in named.items() if self._group_of[n].algorithm == "row_sparse_adam"}
+
+    def _materialise(self) -> None:
+        for network in self.networks.values():
+            network.to_empty(device=self.topology.device)
+        self._sparse = {name: p for name, p in self._named() if name in self._sparse}
+        for name, parameter in self._named():
+            place = flat_range(parameter, self.topology)
+            local = local_tensor(parameter.detach())
+            fill_range(local, self.task.init_spec(name), seed=self.seed, name=name, start=place.start)
+
+    def _build_sync(self) -> GradientSync | None:
+        if self.strategy != "ddp":
+            return None
+        dense = [p for n, p in self._named() if p.requires_grad and n not in self._sparse]
+        return GradientSync(dense)
+
+    # Data ranks: every strategy so far gives every rank its own data.
+
+    @property
+    def data_rank(self) -> int:
+        return self.topology.rank
+
+    @property
+    def data_ranks(self) -> int:
+        return self.topology.world_size
+
+    # Training
+
+    def forward_backward(
+        self, phase: str, micro_batches: Sequence[PackedBatch], counts: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        for place, batch in enumerate(micro_batches):
+            self._set_sync(is_last=place == len(micro_batches) - 1)
+            seed_micro_batch(self.seed, batch.sample_ids[0])
+            on_device = batch.to(self.topology.device)
+            with self._autocast():
+                output = self.task.losses(self.networks, on_device, phase)
+            # Gradients are averaged over the data ranks; counts are global, so the sum is wanted.
+            objective = sum(t.weight * t.total.float() / counts[t.count] for t in output.terms.values())
+            (objective * self.data_ranks).backward()  # type: ignore[union-attr]
+            for name, term in {**output.terms, **output.metrics}.items():
+                total = term.total.detach().float()
+                sums[name] = sums[name] + total if name in sums else total
+        return sums
+
+    def step(self, phase: str, learning_rate: float, loss: Tensor | None = None) -> StepResult:
+        if self._sync is not None:
+            self._sync.finish()
+        updates = self.updates[phase]
+        updates.refresh()
+        sparse = self._exchange_sparse(phase)
+        grad_norm = self._grad_norm(updates, sparse)
+        keep = torch.isfinite(grad_norm).float()
+        if loss is not None:
+            keep = keep * torch.isfinite(loss)
+            if self.skip_step is not None:
+                keep = keep * self.skip_step.keep(loss, grad_norm)
+        limit = self.optimizer_config.clip_grad_norm
+        clip = torch.ones_like(grad_norm) if limit is None else (limit / (grad_norm + 1e-6)).clamp_max(1.0)
+        # A clip factor that is not a number must not reach the kernel, even for a withheld update.
+        clip = torch.where(torch.isfinite(clip) & (clip > 0), clip, torch.ones_like(clip))
+        updates.apply(learning_rate, keep, clip, sparse)
+        updates.clear_gradients()
+        return StepResult(grad_norm, 1.0 - keep)
+
+    def _set_sync(self, *, is_last: bool) -> None:
+        """Accumulate locally until the last micro-batch; only its backward communicates."""
+        if self._sync is not None:
+            self._sync.is_enabled = is_last
+        for network in self.networks.values():
+            if isinstance(network, FSDPModule):
+                network.set_requires_gradient_sync(is_last)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision.compute == "fp32" or self.mesh is not None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.topology.device.type, dtype=torch.bfloat16)
+
+    def _exchange_sparse(self, phase: str) -> dict[str, Tensor]:
+        """Collective: row-sparse gradients averaged over the data ranks, coalesced, the same on every rank."""
+        gradients = {}
+        for name, parameter in self._sparse.items():
+            if self._group_of[name].phase != phase:
+                continue
+            gradient = parameter.grad
+            if self.data_ranks > 1:
+                gradient = _gather_sparse(gradient, parameter, self.data_ranks)
+            if gradient is not None:
+                gradients[name] = gradient.coalesce()
+        return gradients
+
+    def _grad_norm(self, updates: Updates, sparse: Mapping[str, Tensor]) -> Tensor:
+        """() fp32, over the whole gradient; sharded parts are summed over the shards."""
+        dense = updates.dense_gradients()
+        zero = torch.zeros((), device=self.topology.device)
+        total = torch.stack(torch._foreach_norm(dense)).square().sum() if dense else zero  # type: ignore[attr-defined]
+        if self.mesh is not None:
+            dist.all_reduce(total, group=self.mesh.get_group(self.mesh.ndim - 1))
+        for gradient in sparse.values():
+            total = total + gradient.values().float().square().sum()
+        return total.sqrt()
+
+    # Looking
+
+    @torch.no_grad()
+    def evaluate(self, batch: PackedBatch) -> LossOutput:
+        with self._autocast():
+            return self.task.losses(self.networks, batch.to(self.topology.device))
+
+    def sum_over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.data_ranks == 1 or not values:
+            return dict(values)
+        packed = torch.stack([v.detach() for v in values.values()])
+        dist.all_reduce(packed)
+        return dict(zip(values, packed.unbind(), strict=True))
+
+    def network_for_generation(self, name: str) -> nn.Module:
+        return self.networks[name]
+
+    # State
+
+    def state_shards(self) -> list[TensorShard]:
+        shards: list[TensorShard] = []
+        written = [0] * max(1, self.topology.world_size)
+        for name, item in self.parameters.items():
+            item.refresh()
+            place = flat_range(item.parameter, self.topology)
+            kinds = {f"parameters/{name}": item.leaf.data}
+            for updates in self.updates.values():
+                kinds |= {f"optimizer/{kind}/{name}": t for kind, t in updates.moments(item).items()}
+            for kind, tensor in kinds.items():
+                # Of the copies of a range, the one that has least to write so far writes it.
+                writer = min(range(place.copies), key=written.__getitem__)
+                written[writer] += tensor.numel()
+                shards.append(TensorShard(kind, tuple(item.parameter.shape), place.start, tensor, writer == place.copy))
+        if self.skip_step is not None:
+            window, count = self.skip_step.values, self.skip_step.count
+            for name, tensor in (("values", window), ("count", count)):
+                shards.append(TensorShard(f"optimizer/skip_step/{name}", tuple(tensor.shape), 0, tensor, self.topology.is_main))
+        return shards
+
+    def scalar_state(self) -> dict[str, Any]:
+        return {"updates": {phase: updates.step_counts() for phase, updates in self.updates.items()}}
+
+    def load_scalar_state(self, state: Mapping[str, Any]) -> None:
+        for phase, updates in self.updates.items():
+            updates.set_step_counts(state["updates"].get(phase, {}))
+
+
+def _gather_sparse(gradient: Tensor | None, parameter: Tensor, ranks: int) -> Tensor | None:
+    """Collective: the mean over ranks of row-sparse gradients, rows in rank order, not yet summed."""
+    if gradient is None:
+        rows = torch.zeros(0, dtype=torch.int64, device=parameter.device)
+        values = torch.zeros(0, parameter.shape[1], device=parameter.device)
+    else:
+        rows, values = gradient._indices()[0], gradient._values()
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(ranks)]
+    dist.all_gather(counts, count)
+    sizes = [int(c) for c in counts]
+    longest = max(sizes)
+    if longest == 0:
+        return None
+    padded_rows = torch.zeros(longest, dtype=torch.int64, device=rows.device)
+    padded_values = torch.zeros(longest, parameter.shape[1], device=rows.device, dtype=values.dtype)
+    padded_rows[: len(rows)], padded_values[: len(rows)] = rows, values
+    all_rows = [torch.empty_like(padded_rows) for _ in range(ranks)]
+    all_values = [torch.empty_like(padded_values) for _ in range(ranks)]
+    dist.all_gather(all_rows, padded_rows)
+    dist.all_gather(all_values, padded_values)
+    joined_rows = torch.cat([r[:n] for r, n in zip(all_rows, sizes, strict=True)])
+    joined = torch.cat([v[:n] for v, n in zip(all_values, sizes, strict=True)]) / ranks
+    return torch.sparse_coo_tensor(joined_rows[None], joined, parameter.shape, check_invariants=False)
+
+
+_KEPT = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
+def _wrap_blocks(blocks: Sequence[nn.Module], parallel: ParallelConfig) -> None:
+    """Recomputation and compilation of each block, in place, so that parameter names stay what they are."""
+    for block in blocks:
+        if parallel.activation_checkpointing != "none":
+            contexts = {}
+            if parallel.activation_checkpointing == "selective":
+                contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, list(_KEPT))}
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)  # type: ignore[method-assign]
+        if parallel.compile:
+            block.compile()
