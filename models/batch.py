@@ -8,6 +8,7 @@ Nothing is padded. Documents never cross a row, and attention, scans and convolu
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -55,7 +56,7 @@ class PackedBatch:
     def rows(self) -> int:
         return len(self.sample_ids)
 
-    def map_tensors(self, change) -> PackedBatch:  # noqa: ANN001 - any Tensor -> Tensor callable
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         """The same batch with `change` applied to every tensor."""
         values = {}
         for item in dataclasses.fields(self):

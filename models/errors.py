@@ -7,7 +7,14 @@ found, what was expected, and the next thing to do, in one line. Anything else t
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "LaunchError", "TrainingError", "WeftError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "LaunchError",
+    "TrainingError",
+    "WeftError",
+]
 
 
 class WeftError(Exception):

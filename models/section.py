@@ -15,4 +15,6 @@ __all__ = ["Section"]
 class Section(BaseModel):
     """Frozen, typed settings; an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=()
+    )

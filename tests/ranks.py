@@ -35,7 +35,12 @@ def run_ranks(ranks: int, function: str, *args: Any, timeout_s: float = 120.0) -
     processes = [
         subprocess.Popen(
             command,
-            env={**environment, "RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(ranks)},
+            env={
+                **environment,
+                "RANK": str(r),
+                "LOCAL_RANK": str(r),
+                "LOCAL_WORLD_SIZE": str(ranks),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -46,7 +51,9 @@ def run_ranks(ranks: int, function: str, *args: Any, timeout_s: float = 120.0) -
     try:
         for rank, process in enumerate(processes):
             out, err = process.communicate(timeout=timeout_s)
-            assert process.returncode == 0, f"rank {rank} of {ranks} failed:\n{err[-4000:]}\n{out[-1000:]}"
+            assert process.returncode == 0, (
+                f"rank {rank} of {ranks} failed:\n{err[-4000:]}\n{out[-1000:]}"
+            )
             results.append(json.loads(out.strip().splitlines()[-1]))
     finally:
         for process in processes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -29,7 +29,7 @@ class Topology:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     host_group: dist.ProcessGroup | None = None
 
     @property
@@ -59,7 +59,9 @@ class Topology:
         if self.world_size == 1:
             return [value]
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = self.sum_integers([len(payload) if r == self.rank else 0 for r in range(self.world_size)])
+        sizes = self.sum_integers(
+            [len(payload) if r == self.rank else 0 for r in range(self.world_size)]
+        )
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(payload)] = payload
         gathered = [torch.empty_like(padded) for _ in sizes]
@@ -80,7 +82,12 @@ def _launcher_environment() -> tuple[int, int, int, int]:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         world = int(env["WORLD_SIZE"])
-        return int(env["RANK"]), world, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", world))
+        return (
+            int(env["RANK"]),
+            world,
+            int(env.get("LOCAL_RANK", 0)),
+            int(env.get("LOCAL_WORLD_SIZE", world)),
+        )
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         return (
             int(env["SLURM_PROCID"]),
@@ -122,7 +129,10 @@ def initialise_distributed(device: str = "auto", timeout_s: float = 1800.0) -> T
         )
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
-        "cuda:nccl,cpu:gloo" if use_cuda else "gloo", rank=rank, world_size=world_size, timeout=timeout
+        "cuda:nccl,cpu:gloo" if use_cuda else "gloo",
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
     )
     host_group = dist.new_group(backend="gloo", timeout=timeout)
     return Topology(rank, world_size, local_rank, local_world_size, place, host_group)

@@ -87,7 +87,9 @@ def fit(run: Run, stop: StopRequest) -> str:
         TrainingError: the non-finite policy, or too many failed saves.
     """
     config, state, accumulator = run.config, run.state, MetricsAccumulator()
-    policy = NonFinitePolicy(config.train.non_finite, config.train.non_finite_budget, state.non_finite_steps)
+    policy = NonFinitePolicy(
+        config.train.non_finite, config.train.non_finite_budget, state.non_finite_steps
+    )
     clock = _Clock(state.seconds)
     outcome = "finished"
     gc.collect()
@@ -103,7 +105,9 @@ def fit(run: Run, stop: StopRequest) -> str:
             step = state.step + 1
             values = _train_step(run, step, step_batch, agreed)
             _advance(state, run, step_batch)
-            accumulator.add(step, {**values, **clock.lap(step_batch.wait_s), **_progress_values(state)})
+            accumulator.add(
+                step, {**values, **clock.lap(step_batch.wait_s), **_progress_values(state)}
+            )
 
             is_last = step == config.train.steps
             wants_save = is_last or is_due(config.checkpoint.every, step)
@@ -142,27 +146,40 @@ def _agree(run: Run, step_batch: StepBatch, wants_stop: bool) -> Agreement:
         rows = batch.tokens.view(batch.rows, -1).numpy() if not batch.tokens.is_cuda else []
         digest += sum(zlib.crc32(row) for row in rows)
     names = sorted(counts)
-    summed = run.topology.sum_integers([*(counts[n] for n in names), target_bytes, digest, int(wants_stop)])
+    summed = run.topology.sum_integers(
+        [*(counts[n] for n in names), target_bytes, digest, int(wants_stop)]
+    )
     *totals, target_bytes, digest, stop = summed
     return Agreement(dict(zip(names, totals, strict=True)), target_bytes, digest, stop > 0)
 
 
-def _train_step(run: Run, step: int, step_batch: StepBatch, agreed: Agreement) -> dict[str, Tensor | float | int]:
+def _train_step(
+    run: Run, step: int, step_batch: StepBatch, agreed: Agreement
+) -> dict[str, Tensor | float | int]:
     """Collective: every phase's gradient and update; values stay on the device."""
     config = run.config
-    rate = learning_rate(config.schedule, config.optimizer.lr, step, config.train.batch_tokens, config.train.steps)
+    rate = learning_rate(
+        config.schedule, config.optimizer.lr, step, config.train.batch_tokens, config.train.steps
+    )
     # A step whose every target is masked still runs; dividing by one keeps its zero loss zero.
     counts = {name: max(1, count) for name, count in agreed.counts.items()}
     values: dict[str, Tensor | float | int] = {}
     for phase in run.task.phases(step):
         sums = run.engine.forward_backward(phase, step_batch.micro_batches, counts)
-        means = {name: total / counts["tokens"] for name, total in run.engine.sum_over_ranks(sums).items()}
+        means = {
+            name: total / counts["tokens"]
+            for name, total in run.engine.sum_over_ranks(sums).items()
+        }
         loss = next(iter(means.values()))
         result = run.engine.step(phase, rate, loss)
         prefix = "" if phase == "train" else f"{phase}/"
         values |= {f"{prefix}{name}": mean for name, mean in means.items()}
         values |= {f"{prefix}grad_norm": result.grad_norm, f"{prefix}skipped": result.skipped}
-    values |= {"lr": rate, "target_tokens": agreed.counts.get("tokens", 0), "target_bytes": agreed.target_bytes}
+    values |= {
+        "lr": rate,
+        "target_tokens": agreed.counts.get("tokens", 0),
+        "target_bytes": agreed.target_bytes,
+    }
     values |= {"data_digest": agreed.data_digest, "first_sample": step_batch.first_sample}
     return values | {f"epoch/{name}": epoch for name, epoch in step_batch.epochs.items()}
 
@@ -179,7 +196,12 @@ def _advance(state: TrainState, run: Run, step_batch: StepBatch) -> None:
 
 def _progress_values(state: TrainState) -> dict[str, float | int]:
     sources = {f"source/{name}/samples": count for name, count in state.source_samples.items()}
-    return {"tokens": state.tokens, "flops": state.flops, "last_sample": state.samples - 1, **sources}
+    return {
+        "tokens": state.tokens,
+        "flops": state.flops,
+        "last_sample": state.samples - 1,
+        **sources,
+    }
 
 
 def _flush(run: Run, accumulator: MetricsAccumulator, policy: NonFinitePolicy) -> None:
@@ -207,11 +229,16 @@ def save(run: Run, kind: str) -> None:
         **run.fixed_state,
     }
     try:
-        run.checkpoints.save(run.state.step, run.engine.state_shards(), state, rng_state(), kind=kind)
+        run.checkpoints.save(
+            run.state.step, run.engine.state_shards(), state, rng_state(), kind=kind
+        )
         if kind == "final":
             run.checkpoints.wait()
     except CheckpointError as error:
-        if kind == "final" or run.checkpoints.failed_saves >= run.config.checkpoint.max_failed_saves:
+        if (
+            kind == "final"
+            or run.checkpoints.failed_saves >= run.config.checkpoint.max_failed_saves
+        ):
             raise TrainingError(f"step {run.state.step} could not be saved: {error}") from error
         run.recorder.log(run.state.step, {"save_failed": str(error)})
         run.progress.note(f"save of step {run.state.step} failed, will try again: {error}")

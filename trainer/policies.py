@@ -83,7 +83,9 @@ class NonFinitePolicy:
             return
         self.seen += 1
         what = " and ".join(bad)
-        where = f"step {record['step']} (samples {record['first_sample']} to {record['last_sample']})"
+        where = (
+            f"step {record['step']} (samples {record['first_sample']} to {record['last_sample']})"
+        )
         if self.policy == "stop":
             raise TrainingError(
                 f"{what} not finite at {where}; the update was withheld and the weights are intact; "

@@ -29,7 +29,9 @@ def rng_state() -> dict[str, Any]:
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": hashlib.sha256(repr(random.getstate()).encode()).hexdigest(),
-        "numpy": hashlib.sha256(keys.tobytes() + repr((kind, position, has_gauss, cached)).encode()).hexdigest(),
+        "numpy": hashlib.sha256(
+            keys.tobytes() + repr((kind, position, has_gauss, cached)).encode()
+        ).hexdigest(),
         "torch": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
     }
     if torch.cuda.is_available():

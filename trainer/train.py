@@ -69,7 +69,9 @@ def train(config: TrainingConfig, *, resume: bool) -> int:
                 run.recorder.close()
                 run.checkpoints.close()
         if outcome == "stopped" and topology.is_main:
-            print(f"stopped by {stop.reason or 'another rank'} after step {run.state.step}; go on with: weft train --resume {config.run_dir}")
+            print(
+                f"stopped by {stop.reason or 'another rank'} after step {run.state.step}; go on with: weft train --resume {config.run_dir}"
+            )
         return 0 if outcome == "finished" else STOPPED_EXIT_CODE
     finally:
         shutdown_distributed()
@@ -84,7 +86,9 @@ def claim_folder(config: TrainingConfig, topology: Topology, *, resume: bool) ->
     problem = None
     if topology.is_main:
         folder = config.run_dir
-        has_run = (folder / "checkpoints" / "latest").exists() or (folder / "metrics.jsonl").exists()
+        has_run = (folder / "checkpoints" / "latest").exists() or (
+            folder / "metrics.jsonl"
+        ).exists()
         if has_run and not resume:
             problem = f"{folder} already holds a run; go on with it: weft train --resume {folder}, or set run.dir to a new folder"
         else:
@@ -110,10 +114,14 @@ def open_run(config: TrainingConfig, topology: Topology, *, resume: bool) -> Run
     elif config.checkpoint.start_from:
         start_from(engine, checkpoints, config)
     if state.step >= config.train.steps:
-        raise ConfigError(f"{config.run_dir} is finished: it stands at step {state.step} of train.steps={config.train.steps}; raise train.steps to go on")
+        raise ConfigError(
+            f"{config.run_dir} is finished: it stands at step {state.step} of train.steps={config.train.steps}; raise train.steps to go on"
+        )
     total = config.train.steps * config.batch_rows
     rows = config.batch_rows // engine.data_ranks
-    micro = (config.train.micro_batch_tokens or rows * config.data.sequence_length) // config.data.sequence_length
+    micro = (
+        config.train.micro_batch_tokens or rows * config.data.sequence_length
+    ) // config.data.sequence_length
     loader = PackedLoader(
         data,
         seed=config.run.seed,
@@ -134,20 +142,39 @@ def open_run(config: TrainingConfig, topology: Topology, *, resume: bool) -> Run
         loader=loader,
         checkpoints=checkpoints,
         recorder=MetricsRecorder(config.run_dir, config.logging, topology, resume_step=state.step),
-        progress=Progress(config.logging, topology, config.train.steps, name=config.run.name, start_step=state.step),
+        progress=Progress(
+            config.logging,
+            topology,
+            config.train.steps,
+            name=config.run.name,
+            start_step=state.step,
+        ),
         state=state,
         evaluate=lambda: evaluation_values(engine, task, data, config),
-        fixed_state={"data": {"fingerprints": data.fingerprints, "seed": config.run.seed}, "config_hash": config_hash(config)},
+        fixed_state={
+            "data": {"fingerprints": data.fingerprints, "seed": config.run.seed},
+            "config_hash": config_hash(config),
+        },
     )
 
 
-def evaluation_values(engine: Engine, task: Task, data: Dataset, config: TrainingConfig) -> dict[str, Any]:
+def evaluation_values(
+    engine: Engine, task: Task, data: Dataset, config: TrainingConfig
+) -> dict[str, Any]:
     """Collective: held-out numbers as flat metric names, `eval/SOURCE/loss` and so on."""
-    results = evaluate(engine, task, data, config.eval, rows=max(1, config.batch_rows // engine.data_ranks))
-    return {f"eval/{source}/{name}": value for source, values in results.items() for name, value in values.items()}
+    results = evaluate(
+        engine, task, data, config.eval, rows=max(1, config.batch_rows // engine.data_ranks)
+    )
+    return {
+        f"eval/{source}/{name}": value
+        for source, values in results.items()
+        for name, value in values.items()
+    }
 
 
-def restore(engine: Engine, checkpoints: CheckpointManager, data: Dataset, config: TrainingConfig) -> TrainState:
+def restore(
+    engine: Engine, checkpoints: CheckpointManager, data: Dataset, config: TrainingConfig
+) -> TrainState:
     """Collective: the newest sound checkpoint into the engine; a run that never saved starts from the beginning."""
     path = checkpoints.find_latest()
     if path is None:
@@ -156,10 +183,14 @@ def restore(engine: Engine, checkpoints: CheckpointManager, data: Dataset, confi
     loaded = checkpoints.load(path, engine.state_shards())
     data.check_fingerprints(loaded.state["data"]["fingerprints"])
     if loaded.state["data"]["seed"] != config.run.seed:
-        raise ConfigError(f"run.seed is {config.run.seed} but the run was started with {loaded.state['data']['seed']}; leave it as it was")
+        raise ConfigError(
+            f"run.seed is {config.run.seed} but the run was started with {loaded.state['data']['seed']}; leave it as it was"
+        )
     engine.load_scalar_state(loaded.state["engine"])
     known = {item.name for item in fields(TrainState)}
-    return TrainState(**{name: value for name, value in loaded.state["train"].items() if name in known})
+    return TrainState(
+        **{name: value for name, value in loaded.state["train"].items() if name in known}
+    )
 
 
 def start_from(engine: Engine, checkpoints: CheckpointManager, config: TrainingConfig) -> None:
@@ -173,7 +204,9 @@ def start_from(engine: Engine, checkpoints: CheckpointManager, config: TrainingC
     if path is None:
         raise CheckpointError(f"checkpoint.start_from: {source} holds no complete checkpoint")
     wants_optimizer = config.checkpoint.start_from_parts == "weights_and_optimizer"
-    shards = [s for s in engine.state_shards() if s.name.startswith("parameters/") or wants_optimizer]
+    shards = [
+        s for s in engine.state_shards() if s.name.startswith("parameters/") or wants_optimizer
+    ]
     loaded = checkpoints.load(path, shards, subset=True)
     if wants_optimizer:
         engine.load_scalar_state(loaded.state["engine"])
@@ -181,4 +214,6 @@ def start_from(engine: Engine, checkpoints: CheckpointManager, config: TrainingC
 
 def configure_logging() -> None:
     """Warnings as plain lines on standard error."""
-    logging.basicConfig(level=logging.WARNING, format="weft: %(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format="weft: %(levelname)s: %(message)s", stream=sys.stderr
+    )

@@ -20,8 +20,12 @@ class RopeScalingConfig(Section):
     """Llama 3's frequency-dependent stretching of rotary wavelengths."""
 
     factor: float = Field(8.0, gt=0, description="stretch of the longest wavelengths")
-    low_freq_factor: float = Field(1.0, gt=0, description="wavelengths above original/low are stretched fully")
-    high_freq_factor: float = Field(4.0, gt=0, description="wavelengths below original/high are left alone")
+    low_freq_factor: float = Field(
+        1.0, gt=0, description="wavelengths above original/low are stretched fully"
+    )
+    high_freq_factor: float = Field(
+        4.0, gt=0, description="wavelengths below original/high are left alone"
+    )
     original_max_positions: int = Field(8192, gt=0, description="context length before the stretch")
 
 
@@ -30,51 +34,74 @@ class NgramConfig(Section):
 
     sizes: tuple[int, ...] = Field((3, 4, 5, 6, 7, 8), description="n-gram lengths, in ids")
     rows: int = Field(500_002, gt=0, description="rows of the table of one n-gram length")
-    hash_functions: int = Field(1, ge=1, le=10, description="independent hashes, a table for each and each length")
-    reset_at_documents: bool = Field(
-        True, description="ids before the document count as 0; BLT's released models let windows cross"
+    hash_functions: int = Field(
+        1, ge=1, le=10, description="independent hashes, a table for each and each length"
     )
-    init_std: float | None = Field(None, gt=0, description="standard deviation at the start; null is d_model^-0.5")
+    reset_at_documents: bool = Field(
+        True,
+        description="ids before the document count as 0; BLT's released models let windows cross",
+    )
+    init_std: float | None = Field(
+        None, gt=0, description="standard deviation at the start; null is d_model^-0.5"
+    )
 
 
 class Config(Section):
     """A decoder-only transformer over packed documents."""
 
     family: Literal["transformer"] = Field("transformer", description="module under weft.models")
-    vocab_size: int = Field(100352, gt=0, description="rows of the embedding table and of the output head")
+    vocab_size: int = Field(
+        100352, gt=0, description="rows of the embedding table and of the output head"
+    )
     n_layers: int = Field(16, gt=0, description="blocks")
     d_model: int = Field(2048, gt=0, description="width of the residual stream")
     n_heads: int = Field(16, gt=0, description="query heads")
     n_kv_heads: int | None = Field(None, gt=0, description="key and value heads; null is n_heads")
-    head_dim: int | None = Field(None, gt=0, description="width of a head; null is d_model / n_heads")
+    head_dim: int | None = Field(
+        None, gt=0, description="width of a head; null is d_model / n_heads"
+    )
     d_ff: int = Field(8192, gt=0, description="hidden width of the SwiGLU")
     norm: Literal["reordered", "pre"] = Field(
-        "reordered", description="where the norms stand: on sub-layer outputs (OLMo 2) or inputs (Llama)"
+        "reordered",
+        description="where the norms stand: on sub-layer outputs (OLMo 2) or inputs (Llama)",
     )
     qk_norm: Literal["full", "head", "none"] = Field(
-        "full", description="RMS norm of queries and keys: over the whole projection, a head, or none"
+        "full",
+        description="RMS norm of queries and keys: over the whole projection, a head, or none",
     )
     norm_eps: float = Field(1e-6, gt=0, description="added to the mean square")
     rope_theta: float = Field(500_000.0, gt=0, description="base of the rotary wavelengths")
-    rope_scaling: RopeScalingConfig | None = Field(None, description="Llama 3 stretching of the wavelengths")
+    rope_scaling: RopeScalingConfig | None = Field(
+        None, description="Llama 3 stretching of the wavelengths"
+    )
     tie_embeddings: bool = Field(False, description="the output head is the embedding table")
-    init_std: float = Field(0.02, gt=0, description="standard deviation of linears and embeddings at the start")
-    init_cut: float = Field(3.0, gt=0, description="the start is cut at this many standard deviations")
+    init_std: float = Field(
+        0.02, gt=0, description="standard deviation of linears and embeddings at the start"
+    )
+    init_cut: float = Field(
+        3.0, gt=0, description="the start is cut at this many standard deviations"
+    )
     z_loss: float = Field(1e-5, ge=0, description="factor on mean(logsumexp(logits)^2)")
     loss_chunk_tokens: int | None = Field(
-        None, gt=0, description="compute logits and loss for this many positions at a time; null is all at once"
+        None,
+        gt=0,
+        description="compute logits and loss for this many positions at a time; null is all at once",
     )
     attention: Literal["auto", "sdpa", "flex", "varlen"] = Field(
         "auto", description="attention backend; auto picks by device"
     )
-    ngram: NgramConfig | None = Field(None, description="hashed n-gram embeddings; for byte vocabularies")
+    ngram: NgramConfig | None = Field(
+        None, description="hashed n-gram embeddings; for byte vocabularies"
+    )
 
     @model_validator(mode="after")
     def _check_shapes(self) -> Config:
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         if self.n_heads % self.kv_heads:
-            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}")
+            raise ValueError(
+                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}"
+            )
         if self.head_width % 2:
             raise ValueError(f"head width {self.head_width} must be even for rotary positions")
         return self

@@ -18,12 +18,26 @@ from weft.trainer.engines.torch_engine import TorchEngine
 from weft.trainer.optimization.config import OptimizerConfig
 
 MODEL = Config(
-    vocab_size=40, n_layers=2, d_model=16, n_heads=2, d_ff=24, init_std=0.2, z_loss=1e-2,
+    vocab_size=40,
+    n_layers=2,
+    d_model=16,
+    n_heads=2,
+    d_ff=24,
+    init_std=0.2,
+    z_loss=1e-2,
     ngram=NgramConfig(sizes=(2, 3), rows=31, init_std=0.2),
 )
 OPTIMIZER = OptimizerConfig(lr=1e-2, clip_grad_norm=0.5, eps=1e-6)
 STEPS, ROWS, LENGTH = 4, 8, 12
-STRATEGIES = [("single", 1), ("fsdp", 1), ("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4), ("hsdp", 4)]
+STRATEGIES = [
+    ("single", 1),
+    ("fsdp", 1),
+    ("ddp", 2),
+    ("fsdp", 2),
+    ("ddp", 4),
+    ("fsdp", 4),
+    ("hsdp", 4),
+]
 
 
 def make_row(sample: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +103,11 @@ def oracle() -> list[list[float]]:
     undecayed = [model.embedding.tokens.weight]
     decayed = [p for p in model.parameters() if p is not table and p is not undecayed[0]]
     adamw = torch.optim.AdamW(
-        [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}], lr=1e-2, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1
+        [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        eps=1e-6,
+        weight_decay=0.1,
     )
     sparse = torch.optim.SparseAdam([table], lr=1e-2, betas=(0.9, 0.95), eps=1e-6)
     values = []
@@ -102,7 +120,9 @@ def oracle() -> list[list[float]]:
         (loss + MODEL.z_loss * z).backward()
         dense = [*decayed, *undecayed]
         gradient = table.grad.coalesce()
-        norm = torch.sqrt(sum(p.grad.square().sum() for p in dense) + gradient.values().square().sum())
+        norm = torch.sqrt(
+            sum(p.grad.square().sum() for p in dense) + gradient.values().square().sum()
+        )
         clip = min(1.0, 0.5 / (norm.item() + 1e-6))
         for p in dense:
             p.grad.mul_(clip)
@@ -114,14 +134,22 @@ def oracle() -> list[list[float]]:
 
 
 def state_digest(engine: TorchEngine) -> dict[str, str]:
-    return {s.name: hashlib.sha256(s.tensor.contiguous().numpy().tobytes()).hexdigest() for s in engine.state_shards()}
+    return {
+        s.name: hashlib.sha256(s.tensor.contiguous().numpy().tobytes()).hexdigest()
+        for s in engine.state_shards()
+    }
 
 
 def train_on_rank(topology: Topology, strategy: str) -> dict[str, Any]:
     engine = build(topology, strategy)
-    shards = [[s.name, s.start, s.tensor.numel(), list(s.shape), s.is_writer] for s in engine.state_shards()]
+    shards = [
+        [s.name, s.start, s.tensor.numel(), list(s.shape), s.is_writer]
+        for s in engine.state_shards()
+    ]
     start = {
-        s.name: [s.start, s.tensor.flatten().tolist()] for s in engine.state_shards() if s.name == "parameters/model/blocks.1.mlp.up_proj.weight"
+        s.name: [s.start, s.tensor.flatten().tolist()]
+        for s in engine.state_shards()
+        if s.name == "parameters/model/blocks.1.mlp.up_proj.weight"
     }
     return {"values": run_steps(engine, 0, STEPS), "shards": shards, "start": start}
 
@@ -132,17 +160,23 @@ def expected() -> list[list[float]]:
 
 
 @pytest.mark.parametrize(("strategy", "ranks"), STRATEGIES)
-def test_losses_equal_the_plain_loop(strategy: str, ranks: int, expected: list[list[float]]) -> None:
+def test_losses_equal_the_plain_loop(
+    strategy: str, ranks: int, expected: list[list[float]]
+) -> None:
     results = run_ranks(ranks, "test_engine_contract:train_on_rank", strategy)
     for result in results:
-        torch.testing.assert_close(torch.tensor(result["values"]), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(result["values"]), torch.tensor(expected), atol=1e-5, rtol=1e-5
+        )
     whole = build_model(MODEL, seed=7).state_dict()["blocks.1.mlp.up_proj.weight"].flatten()
     covered: dict[str, torch.Tensor] = {}
     for result in results:
         for start, values in result["start"].values():
             assert torch.equal(torch.tensor(values), whole[start : start + len(values)])
         for name, start, count, shape, is_writer in result["shards"]:
-            seen = covered.setdefault(name, torch.zeros(torch.Size(shape).numel(), dtype=torch.int64))
+            seen = covered.setdefault(
+                name, torch.zeros(torch.Size(shape).numel(), dtype=torch.int64)
+            )
             seen[start : start + count] += is_writer
     assert all((seen == 1).all() for seen in covered.values())
     assert any(name.startswith("optimizer/exp_avg_sq/") for name in covered)
@@ -181,7 +215,9 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was() -> None:
 
 
 def test_outliers_are_skipped_once_the_window_is_filled() -> None:
-    settings = OPTIMIZER.model_copy(update={"skip_step": True, "skip_step_minimum": 4, "skip_step_window": 8})
+    settings = OPTIMIZER.model_copy(
+        update={"skip_step": True, "skip_step_minimum": 4, "skip_step_window": 8}
+    )
     engine = build_single(optimizer=settings)
     skipped = []
     for step in range(6):
@@ -192,7 +228,9 @@ def test_outliers_are_skipped_once_the_window_is_filled() -> None:
         result = engine.step("train", 1e-3, loss)
         skipped.append(result.skipped.item())
         after = state_digest(engine)
-        changed = {n for n in before if before[n] != after[n] and not n.startswith("optimizer/skip_step")}
+        changed = {
+            n for n in before if before[n] != after[n] and not n.startswith("optimizer/skip_step")
+        }
         assert bool(changed) == (result.skipped.item() == 0)
     # The outlier at step 1 comes before four values are held; it widens the window, so step 5 is judged against it.
     assert skipped[:5] == [0, 0, 0, 0, 0]
@@ -206,12 +244,20 @@ def test_recomputation_changes_nothing(mode: str) -> None:
 
 def test_bf16_stays_close_with_fp32_weights() -> None:
     engine = build_single(precision={"compute": "bf16"})
-    torch.testing.assert_close(torch.tensor(run_steps(engine, 0, 2)), torch.tensor(run_steps(build_single(), 0, 2)), rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(
+        torch.tensor(run_steps(engine, 0, 2)),
+        torch.tensor(run_steps(build_single(), 0, 2)),
+        rtol=3e-2,
+        atol=3e-2,
+    )
     assert {s.tensor.dtype for s in engine.state_shards()} == {torch.float32}
 
 
 def test_micro_batches_do_not_change_the_step() -> None:
     one, eight = build_single(), build_single()
     torch.testing.assert_close(
-        torch.tensor(run_steps(one, 0, 3, micro_rows=8)), torch.tensor(run_steps(eight, 0, 3, micro_rows=1)), rtol=1e-5, atol=1e-5
+        torch.tensor(run_steps(one, 0, 3, micro_rows=8)),
+        torch.tensor(run_steps(eight, 0, 3, micro_rows=1)),
+        rtol=1e-5,
+        atol=1e-5,
     )

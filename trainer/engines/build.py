@@ -11,7 +11,9 @@ from .torch_engine import TorchEngine
 __all__ = ["build_engine"]
 
 
-def build_engine(task: Task, config: TrainingConfig, topology: Topology, *, trains: bool = True) -> Engine:
+def build_engine(
+    task: Task, config: TrainingConfig, topology: Topology, *, trains: bool = True
+) -> Engine:
     """Collective: networks with start values, sharded as configured.
 
     Args:

@@ -18,10 +18,15 @@ class ParallelConfig(Section):
     strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = Field(
         "auto", description="auto: single for one rank, ddp on CPU, fsdp on several GPUs"
     )
-    shard_ranks: int | None = Field(None, gt=0, description="hsdp: ranks that share one copy of the weights")
-    replicate_ranks: int | None = Field(None, gt=0, description="hsdp: number of copies of the weights")
+    shard_ranks: int | None = Field(
+        None, gt=0, description="hsdp: ranks that share one copy of the weights"
+    )
+    replicate_ranks: int | None = Field(
+        None, gt=0, description="hsdp: number of copies of the weights"
+    )
     activation_checkpointing: Literal["none", "block", "selective"] = Field(
-        "none", description="recompute nothing, whole blocks, or all but matrix products and attention"
+        "none",
+        description="recompute nothing, whole blocks, or all but matrix products and attention",
     )
     compile: bool = Field(False, description="torch.compile each block")
     timeout_s: float = Field(1800.0, gt=0, description="longest wait of a collective, in seconds")
@@ -30,4 +35,6 @@ class ParallelConfig(Section):
 class PrecisionConfig(Section):
     """Master weights, moments and reductions are always fp32."""
 
-    compute: Literal["fp32", "bf16"] = Field("fp32", description="type of activations and matrix products")
+    compute: Literal["fp32", "bf16"] = Field(
+        "fp32", description="type of activations and matrix products"
+    )

@@ -26,7 +26,9 @@ class GradientSync:
         group: process group of the replicas.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None = None
+    ) -> None:
         self.group = group
         self.world = dist.get_world_size(group)
         self.is_enabled = False
@@ -63,7 +65,9 @@ class GradientSync:
         for flat, gradients, work in self._pending:
             work.wait()
             flat.div_(self.world)
-            for gradient, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            for gradient, average in zip(
+                gradients, flat.split([g.numel() for g in gradients]), strict=True
+            ):
                 gradient.copy_(average.view_as(gradient))
         self._pending.clear()
         self._next = 0

@@ -18,7 +18,14 @@ from ...models.errors import ConfigError
 from ..distributed import Topology
 from .config import ParallelConfig, PrecisionConfig
 
-__all__ = ["FlatRange", "flat_range", "local_tensor", "make_mesh", "pick_strategy", "shard_networks"]
+__all__ = [
+    "FlatRange",
+    "flat_range",
+    "local_tensor",
+    "make_mesh",
+    "pick_strategy",
+    "shard_networks",
+]
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,9 @@ def shard_networks(
     """Shard each block, then what is left of each network; `whole` parameters stay as they are on every rank."""
     compute = torch.bfloat16 if precision.compute == "bf16" else torch.float32
     # One policy for every call: FSDP2 refuses mixed ones. Inputs are not cast: batches hold ids, angles stay fp32.
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     kept = set(whole)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -73,9 +73,14 @@ class TorchEngine(Engine):
         if trains:
             phases = sorted({group.phase for group in self.groups})
             self.updates = {
-                phase: Updates([g for g in self.groups if g.phase == phase], self.parameters, optimizer) for phase in phases
+                phase: Updates(
+                    [g for g in self.groups if g.phase == phase], self.parameters, optimizer
+                )
+                for phase in phases
             }
-        self.skip_step = SkipStep(optimizer, topology.device) if optimizer.skip_step and trains else None
+        self.skip_step = (
+            SkipStep(optimizer, topology.device) if optimizer.skip_step and trains else None
+        )
 
     # Construction
 
@@ -88,10 +93,14 @@ class TorchEngine(Engine):
         named = dict(self._named())
         ungrouped = sorted(named.keys() ^ self._group_of.keys())
         if ungrouped:
-            raise ConfigError(f"parameter groups and networks disagree about {ungrouped[0]}; each parameter belongs to one group")
+            raise ConfigError(
+                f"parameter groups and networks disagree about {ungrouped[0]}; each parameter belongs to one group"
+            )
         for name, parameter in named.items():
             parameter.requires_grad_(self._group_of[name].algorithm != "frozen")
-        self._sparse = {n: p for n, p in named.items() if self._group_of[n].algorithm == "row_sparse_adam"}
+        self._sparse = {
+            n: p for n, p in named.items() if self._group_of[n].algorithm == "row_sparse_adam"
+        }
 
     def _materialise(self) -> None:
         for network in self.networks.values():
@@ -100,7 +109,9 @@ class TorchEngine(Engine):
         for name, parameter in self._named():
             place = flat_range(parameter, self.topology)
             local = local_tensor(parameter.detach())
-            fill_range(local, self.task.init_spec(name), seed=self.seed, name=name, start=place.start)
+            fill_range(
+                local, self.task.init_spec(name), seed=self.seed, name=name, start=place.start
+            )
 
     def _build_sync(self) -> GradientSync | None:
         if self.strategy != "ddp":
@@ -131,7 +142,9 @@ class TorchEngine(Engine):
             with self._autocast():
                 output = self.task.losses(self.networks, on_device, phase)
             # Gradients are averaged over the data ranks; counts are global, so the sum is wanted.
-            objective = sum(t.weight * t.total.float() / counts[t.count] for t in output.terms.values())
+            objective = sum(
+                t.weight * t.total.float() / counts[t.count] for t in output.terms.values()
+            )
             (objective * self.data_ranks).backward()  # type: ignore[union-attr]
             for name, term in {**output.terms, **output.metrics}.items():
                 total = term.total.detach().float()
@@ -151,7 +164,11 @@ class TorchEngine(Engine):
             if self.skip_step is not None:
                 keep = keep * self.skip_step.keep(loss, grad_norm)
         limit = self.optimizer_config.clip_grad_norm
-        clip = torch.ones_like(grad_norm) if limit is None else (limit / (grad_norm + 1e-6)).clamp_max(1.0)
+        clip = (
+            torch.ones_like(grad_norm)
+            if limit is None
+            else (limit / (grad_norm + 1e-6)).clamp_max(1.0)
+        )
         # A clip factor that is not a number must not reach the kernel, even for a withheld update.
         clip = torch.where(torch.isfinite(clip) & (clip > 0), clip, torch.ones_like(clip))
         updates.apply(learning_rate, keep, clip, sparse)
@@ -222,20 +239,36 @@ class TorchEngine(Engine):
             place = flat_range(item.parameter, self.topology)
             kinds = {f"parameters/{name}": item.leaf.data}
             for updates in self.updates.values():
-                kinds |= {f"optimizer/{kind}/{name}": t for kind, t in updates.moments(item).items()}
+                kinds |= {
+                    f"optimizer/{kind}/{name}": t for kind, t in updates.moments(item).items()
+                }
             for kind, tensor in kinds.items():
                 # Of the copies of a range, the one that has least to write so far writes it.
                 writer = min(range(place.copies), key=written.__getitem__)
                 written[writer] += tensor.numel()
-                shards.append(TensorShard(kind, tuple(item.parameter.shape), place.start, tensor, writer == place.copy))
+                shards.append(
+                    TensorShard(
+                        kind, tuple(item.parameter.shape), place.start, tensor, writer == place.copy
+                    )
+                )
         if self.skip_step is not None:
             window, count = self.skip_step.values, self.skip_step.count
             for name, tensor in (("values", window), ("count", count)):
-                shards.append(TensorShard(f"optimizer/skip_step/{name}", tuple(tensor.shape), 0, tensor, self.topology.is_main))
+                shards.append(
+                    TensorShard(
+                        f"optimizer/skip_step/{name}",
+                        tuple(tensor.shape),
+                        0,
+                        tensor,
+                        self.topology.is_main,
+                    )
+                )
         return shards
 
     def scalar_state(self) -> dict[str, Any]:
-        return {"updates": {phase: updates.step_counts() for phase, updates in self.updates.items()}}
+        return {
+            "updates": {phase: updates.step_counts() for phase, updates in self.updates.items()}
+        }
 
     def load_scalar_state(self, state: Mapping[str, Any]) -> None:
         for phase, updates in self.updates.items():
@@ -265,7 +298,9 @@ def _gather_sparse(gradient: Tensor | None, parameter: Tensor, ranks: int) -> Te
     dist.all_gather(all_values, padded_values)
     joined_rows = torch.cat([r[:n] for r, n in zip(all_rows, sizes, strict=True)])
     joined = torch.cat([v[:n] for v, n in zip(all_values, sizes, strict=True)]) / ranks
-    return torch.sparse_coo_tensor(joined_rows[None], joined, parameter.shape, check_invariants=False)
+    return torch.sparse_coo_tensor(
+        joined_rows[None], joined, parameter.shape, check_invariants=False
+    )
 
 
 _KEPT = (
@@ -284,7 +319,13 @@ def _wrap_blocks(blocks: Sequence[nn.Module], parallel: ParallelConfig) -> None:
         if parallel.activation_checkpointing != "none":
             contexts = {}
             if parallel.activation_checkpointing == "selective":
-                contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, list(_KEPT))}
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)  # type: ignore[method-assign]
+                contexts = {
+                    "context_fn": functools.partial(
+                        create_selective_checkpoint_contexts, list(_KEPT)
+                    )
+                }
+            block.forward = functools.partial(
+                checkpoint, block.forward, use_reentrant=False, **contexts
+            )  # type: ignore[method-assign]
         if parallel.compile:
             block.compile()

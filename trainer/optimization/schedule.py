@@ -13,7 +13,9 @@ from .config import ScheduleConfig
 __all__ = ["learning_rate"]
 
 
-def learning_rate(schedule: ScheduleConfig, peak: float, step: int, batch_tokens: int, steps: int) -> float:
+def learning_rate(
+    schedule: ScheduleConfig, peak: float, step: int, batch_tokens: int, steps: int
+) -> float:
     """Rate of update `step` (the first is 1).
 
     Args:
@@ -38,7 +40,9 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, batch_tokens
     return peak * min(1.0, max(0.0, (horizon - t) / decay))
 
 
-def _in_tokens(in_steps: int | None, in_tokens: int | None, batch_tokens: int, default_steps: int) -> float:
+def _in_tokens(
+    in_steps: int | None, in_tokens: int | None, batch_tokens: int, default_steps: int
+) -> float:
     if in_tokens is not None:
         return float(in_tokens)
     return float((default_steps if in_steps is None else in_steps) * batch_tokens)

@@ -34,7 +34,9 @@ class SkipStep:
         held = torch.arange(window, device=newest.device) < self.count
         number = held.sum().clamp_min(2)
         mean = torch.where(held, self.values, 0).sum(1) / number
-        variance = torch.where(held, (self.values - mean[:, None]).square(), 0).sum(1) / (number - 1)
+        variance = torch.where(held, (self.values - mean[:, None]).square(), 0).sum(1) / (
+            number - 1
+        )
         is_outlier = (newest > mean + c.skip_step_std * variance.sqrt()).any()
         applies = self.count + 1 >= c.skip_step_minimum
         place = (self.count % window).long()

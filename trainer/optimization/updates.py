@@ -54,20 +54,32 @@ class Updates:
         config: learning rate, decay and so on.
     """
 
-    def __init__(self, groups: Iterable[ParameterGroup], locals_by_name: Mapping[str, LocalParameter], config: OptimizerConfig) -> None:
+    def __init__(
+        self,
+        groups: Iterable[ParameterGroup],
+        locals_by_name: Mapping[str, LocalParameter],
+        config: OptimizerConfig,
+    ) -> None:
         self.config = config
-        self.groups = [group for group in groups if group.algorithm != "frozen" and group.parameters]
+        self.groups = [
+            group for group in groups if group.algorithm != "frozen" and group.parameters
+        ]
         self.dense = [group for group in self.groups if group.algorithm == "adamw"]
         self.sparse = [group for group in self.groups if group.algorithm == "row_sparse_adam"]
         self.members = {g.name: [locals_by_name[n] for n in g.parameters] for g in self.groups}
         self.adamw = self._build_adamw() if self.dense else None
         self.sparse_state = {
-            item.name: {"exp_avg": torch.zeros_like(item.leaf), "exp_avg_sq": torch.zeros_like(item.leaf)}
+            item.name: {
+                "exp_avg": torch.zeros_like(item.leaf),
+                "exp_avg_sq": torch.zeros_like(item.leaf),
+            }
             for group in self.sparse
             for item in self.members[group.name]
         }
         first = next(iter(locals_by_name.values())).leaf
-        self.sparse_steps = {group.name: torch.zeros((), device=first.device) for group in self.sparse}
+        self.sparse_steps = {
+            group.name: torch.zeros((), device=first.device) for group in self.sparse
+        }
 
     def _build_adamw(self) -> torch.optim.AdamW:
         c = self.config
@@ -96,9 +108,13 @@ class Updates:
                 item.refresh()
 
     def dense_gradients(self) -> list[Tensor]:
-        return [i.leaf.grad for g in self.dense for i in self.members[g.name] if i.leaf.grad is not None]
+        return [
+            i.leaf.grad for g in self.dense for i in self.members[g.name] if i.leaf.grad is not None
+        ]
 
-    def apply(self, lr: float, keep: Tensor, clip: Tensor, sparse_gradients: Mapping[str, Tensor]) -> None:
+    def apply(
+        self, lr: float, keep: Tensor, clip: Tensor, sparse_gradients: Mapping[str, Tensor]
+    ) -> None:
         """Update every group.
 
         Args:
