@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..models.errors import CheckpointError, TrainingError
@@ -27,6 +27,7 @@ from .engines.protocol import Engine
 from .metrics.accumulator import MetricsAccumulator
 from .metrics.progress import Progress
 from .metrics.recorder import MetricsRecorder
+from .metrics.throughput import StepClock, add_rates, peak_flops
 from .optimization.schedule import learning_rate
 from .policies import NonFinitePolicy, StopRequest, is_due
 from .seeding import rng_state
@@ -90,7 +91,7 @@ def fit(run: Run, stop: StopRequest) -> str:
     policy = NonFinitePolicy(
         config.train.non_finite, config.train.non_finite_budget, state.non_finite_steps
     )
-    clock = _Clock(state.seconds)
+    clock = StepClock(state.seconds)
     outcome = "finished"
     gc.collect()
     # The collector runs at the same step on all ranks: left to itself one rank at a time would stall them all.
@@ -123,6 +124,7 @@ def fit(run: Run, stop: StopRequest) -> str:
                 clock.restart_lap()
             if is_due(GC_EVERY, step):
                 gc.collect()
+            run.progress.update(step)
     finally:
         gc.enable()
     if outcome == "stopped":
@@ -173,7 +175,9 @@ def _train_step(
         loss = next(iter(means.values()))
         result = run.engine.step(phase, rate, loss)
         prefix = "" if phase == "train" else f"{phase}/"
-        values |= {f"{prefix}{name}": mean for name, mean in means.items()}
+        # The first term is the objective proper; it is called loss whatever the family calls it.
+        named = dict(zip(["loss", *list(means)[1:]], means.values(), strict=True))
+        values |= {f"{prefix}{name}": mean for name, mean in named.items()}
         values |= {f"{prefix}grad_norm": result.grad_norm, f"{prefix}skipped": result.skipped}
     values |= {
         "lr": rate,
@@ -206,14 +210,25 @@ def _progress_values(state: TrainState) -> dict[str, float | int]:
 
 def _flush(run: Run, accumulator: MetricsAccumulator, policy: NonFinitePolicy) -> None:
     """Bring the values of the steps since the last flush to the host, and act on them."""
-    for record in accumulator.flush():
-        if record.get("target_bytes"):
-            nats = record["loss"] * record["target_tokens"]
-            record["bits_per_byte"] = nats / math.log(2) / record["target_bytes"]
-        run.recorder.log(record["step"], record)
-        run.progress.update(record)
+    records = accumulator.flush()
+    length = run.config.data.sequence_length
+    tokens = run.config.batch_rows * length
+    peak = peak_flops(_device_name(run.topology))
+    world_peak = peak * run.topology.world_size if peak else None
+    add_rates(records, tokens, tokens * run.task.flops_per_token(length), world_peak)
+    for record in records:
+        if record["target_bytes"]:
+            record["bits_per_byte"] = (
+                record["loss"] * record["target_tokens"] / math.log(2) / record["target_bytes"]
+            )
+        run.recorder.log(int(record["step"]), record)
         policy.check(record)
         run.state.non_finite_steps = policy.seen
+    run.progress.show(records)
+
+
+def _device_name(topology: Topology) -> str | None:
+    return torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else None
 
 
 def save(run: Run, kind: str) -> None:
@@ -241,23 +256,4 @@ def save(run: Run, kind: str) -> None:
         ):
             raise TrainingError(f"step {run.state.step} could not be saved: {error}") from error
         run.recorder.log(run.state.step, {"save_failed": str(error)})
-        run.progress.note(f"save of step {run.state.step} failed, will try again: {error}")
-
-
-class _Clock:
-    """Wall time of the run over all its attempts, and of each step."""
-
-    def __init__(self, earlier_s: float) -> None:
-        self._origin = time.monotonic() - earlier_s
-        self._lap = time.perf_counter()
-
-    def total(self) -> float:
-        return time.monotonic() - self._origin
-
-    def restart_lap(self) -> None:
-        self._lap = time.perf_counter()
-
-    def lap(self, wait_s: float) -> dict[str, float]:
-        now = time.perf_counter()
-        step_s, self._lap = now - self._lap, now
-        return {"step_s": step_s, "data_wait_s": wait_s, "seconds": self.total()}
+        run.progress.message(f"a save failed, the next one will be tried: {error}")

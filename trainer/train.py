@@ -18,10 +18,11 @@ from ..models.errors import CheckpointError, ConfigError
 from ..models.task import Task
 from .checkpoint.manager import CheckpointManager
 from .checkpoint.reading import find_checkpoint
+from .configuration.checks import check_against_world
 from .configuration.load import config_hash, dump_config
-from .configuration.schema import TrainingConfig, check_against_world
+from .configuration.schema import TrainingConfig
 from .data.dataset import Dataset, open_data
-from .data.loader import PackedLoader, check_epochs
+from .data.loader import PackedLoader
 from .distributed import Topology, initialise_distributed, shutdown_distributed
 from .engines.build import build_engine
 from .engines.protocol import Engine
@@ -40,10 +41,11 @@ STOPPED_EXIT_CODE = 75
 log = logging.getLogger("weft")
 
 
-def train(config: TrainingConfig, *, resume: bool) -> int:
+def train(config: TrainingConfig, run_dir: Path | None = None, *, resume: bool = False) -> int:
     """Collective: run until the last step or a request to stop.
 
     Args:
+        run_dir: the run folder, if it is not the configured one.
         resume: go on with the run in the configured folder; otherwise the folder must not hold one.
 
     Returns:
@@ -52,6 +54,10 @@ def train(config: TrainingConfig, *, resume: bool) -> int:
     Raises:
         WeftError: any error the user can mend.
     """
+    if run_dir is not None and run_dir != config.run_dir:
+        config = config.model_copy(
+            update={"run": config.run.model_copy(update={"dir": str(run_dir)})}
+        )
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     topology = initialise_distributed(config.run.device, config.parallel.timeout_s)
@@ -60,7 +66,7 @@ def train(config: TrainingConfig, *, resume: bool) -> int:
         claim_folder(config, topology, resume=resume)
         # Signals count from here on: a stop asked for while opening is honoured before the first step.
         with StopRequest(config.run_dir) as stop:
-            run = open_run(config, topology, resume=resume)
+            run = open_run(config, topology, stop, resume=resume)
             try:
                 with run.progress:
                     outcome = fit(run, stop)
@@ -86,9 +92,9 @@ def claim_folder(config: TrainingConfig, topology: Topology, *, resume: bool) ->
     problem = None
     if topology.is_main:
         folder = config.run_dir
-        has_run = (folder / "checkpoints" / "latest").exists() or (
-            folder / "metrics.jsonl"
-        ).exists()
+        records = folder / "metrics.jsonl"
+        has_steps = records.is_file() and records.stat().st_size > 0
+        has_run = (folder / "checkpoints" / "latest").exists() or has_steps
         if has_run and not resume:
             problem = f"{folder} already holds a run; go on with it: weft train --resume {folder}, or set run.dir to a new folder"
         else:
@@ -102,7 +108,7 @@ def claim_folder(config: TrainingConfig, topology: Topology, *, resume: bool) ->
         raise ConfigError(problem)
 
 
-def open_run(config: TrainingConfig, topology: Topology, *, resume: bool) -> Run:
+def open_run(config: TrainingConfig, topology: Topology, stop: StopRequest, *, resume: bool) -> Run:
     """Collective: data, engine, checkpoint and records, at the step the run stands at."""
     data = open_data(config.data, topology)
     task = build_task(config.model)
@@ -117,7 +123,7 @@ def open_run(config: TrainingConfig, topology: Topology, *, resume: bool) -> Run
         raise ConfigError(
             f"{config.run_dir} is finished: it stands at step {state.step} of train.steps={config.train.steps}; raise train.steps to go on"
         )
-    total = config.train.steps * config.batch_rows
+    data.check_samples(config.train.steps * config.batch_rows, config.run.seed)
     rows = config.batch_rows // engine.data_ranks
     micro = (
         config.train.micro_batch_tokens or rows * config.data.sequence_length
@@ -133,7 +139,6 @@ def open_run(config: TrainingConfig, topology: Topology, *, resume: bool) -> Run
         end_sample=state.samples + (config.train.steps - state.step) * config.batch_rows,
         pin_memory=topology.device.type == "cuda",
     )
-    check_epochs(data, loader.order, total)
     return Run(
         config=config,
         topology=topology,
@@ -141,35 +146,37 @@ def open_run(config: TrainingConfig, topology: Topology, *, resume: bool) -> Run
         engine=engine,
         loader=loader,
         checkpoints=checkpoints,
-        recorder=MetricsRecorder(config.run_dir, config.logging, topology, resume_step=state.step),
+        recorder=MetricsRecorder(
+            config.run_dir, config.logging, topology, state.step, settings=config.dump()
+        ),
         progress=Progress(
-            config.logging,
-            topology,
+            config.logging.progress,
             config.train.steps,
-            name=config.run.name,
             start_step=state.step,
+            is_main=topology.is_main,
         ),
         state=state,
-        evaluate=lambda: evaluation_values(engine, task, data, config),
+        evaluate=lambda: evaluation_values(engine, task, data, config, stop),
         fixed_state={
-            "data": {"fingerprints": data.fingerprints, "seed": config.run.seed},
+            "data": {"fingerprint": data.fingerprint, "seed": config.run.seed},
             "config_hash": config_hash(config),
         },
     )
 
 
 def evaluation_values(
-    engine: Engine, task: Task, data: Dataset, config: TrainingConfig
+    engine: Engine, task: Task, data: Dataset, config: TrainingConfig, stop: StopRequest
 ) -> dict[str, Any]:
-    """Collective: held-out numbers as flat metric names, `eval/SOURCE/loss` and so on."""
-    results = evaluate(
-        engine, task, data, config.eval, rows=max(1, config.batch_rows // engine.data_ranks)
+    """Collective: held-out numbers as flat metric names; none where a rank was asked to stop meanwhile."""
+    found = evaluate(
+        engine,
+        task,
+        data,
+        config.eval,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        should_stop=lambda: stop.reason is not None,
     )
-    return {
-        f"eval/{source}/{name}": value
-        for source, values in results.items()
-        for name, value in values.items()
-    }
+    return found.as_metrics() if found else {}
 
 
 def restore(
@@ -180,8 +187,8 @@ def restore(
     if path is None:
         log.warning("%s has no complete checkpoint; starting from step 0", config.run_dir)
         return TrainState()
-    loaded = checkpoints.load(path, engine.state_shards())
-    data.check_fingerprints(loaded.state["data"]["fingerprints"])
+    loaded = checkpoints.load(path, engine.state_shards(), complete=True)
+    data.check_fingerprint(loaded.state["data"]["fingerprint"])
     if loaded.state["data"]["seed"] != config.run.seed:
         raise ConfigError(
             f"run.seed is {config.run.seed} but the run was started with {loaded.state['data']['seed']}; leave it as it was"
@@ -207,7 +214,7 @@ def start_from(engine: Engine, checkpoints: CheckpointManager, config: TrainingC
     shards = [
         s for s in engine.state_shards() if s.name.startswith("parameters/") or wants_optimizer
     ]
-    loaded = checkpoints.load(path, shards, subset=True)
+    loaded = checkpoints.load(path, shards)
     if wants_optimizer:
         engine.load_scalar_state(loaded.state["engine"])
 

@@ -73,7 +73,7 @@ def open_trained(
     try:
         path = _find_checkpoint(manager, folder, step)
         task = build_task(config.model)
-        engine = build_engine(task, config, topology)
+        engine = build_engine(task, config, topology, trains=False)
         weights = [shard for shard in engine.state_shards() if shard.name.startswith("parameters/")]
         loaded = manager.load(path, weights)
     finally:

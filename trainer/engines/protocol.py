@@ -61,6 +61,8 @@ class Engine(ABC):
 
     topology: Topology
     networks: dict[str, nn.Module]
+    count_of: dict[str, str]
+    """Which global count divides each sum that `forward_backward` gave so far."""
 
     @property
     @abstractmethod

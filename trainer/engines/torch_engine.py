@@ -55,6 +55,7 @@ class TorchEngine(Engine):
     ) -> None:
         self.task, self.topology, self.optimizer_config, self.seed = task, topology, optimizer, seed
         self.precision = precision
+        self.count_of: dict[str, str] = {}
         self.strategy = pick_strategy(parallel, topology)
         with torch.device("meta"):
             self.networks = task.build_networks()
@@ -147,6 +148,7 @@ class TorchEngine(Engine):
             )
             (objective * self.data_ranks).backward()  # type: ignore[union-attr]
             for name, term in {**output.terms, **output.metrics}.items():
+                self.count_of[name] = term.count
                 total = term.total.detach().float()
                 sums[name] = sums[name] + total if name in sums else total
         return sums
