@@ -122,13 +122,7 @@ def print_table(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title=title or None,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
@@ -137,4 +131,7 @@ def print_table(
     # Piped output has no width of its own; 80 columns would cut paths and numbers.
     if not console.is_terminal:
         console = Console(width=160)
+    # Not the table's own title, which wraps at the width of a narrow table.
+    if title:
+        console.print(title, style="bold", markup=False, highlight=False)
     console.print(table)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 RECIPE = "olmo2/quickstart"
-PROMPT = "def read_lines(path):\n"
+PROMPT = 'class Reader:\n    """'
 EXAMPLES = """\b
 Examples:
   weft quickstart
@@ -84,7 +84,7 @@ def _sample(run_dir: Path) -> str:
         network = trained.engine.network_for_generation("model")
         vocabulary = open_vocabulary(trained.config.data.vocabulary)
         (completion,) = generate(
-            network, vocabulary, [PROMPT], max_new_tokens=240, temperature=0.7, top_p=0.9, seed=1
+            network, vocabulary, [PROMPT], max_new_tokens=240, temperature=0.9, top_p=0.95, seed=1
         )
     return PROMPT + completion.text
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -200,12 +201,8 @@ def _advance(state: TrainState, run: Run, step_batch: StepBatch) -> None:
 
 def _progress_values(state: TrainState) -> dict[str, float | int]:
     sources = {f"source/{name}/samples": count for name, count in state.source_samples.items()}
-    return {
-        "tokens": state.tokens,
-        "flops": state.flops,
-        "last_sample": state.samples - 1,
-        **sources,
-    }
+    totals = {"tokens": state.tokens, "flops": state.flops, "last_sample": state.samples - 1}
+    return {"time": time.time(), **totals, **sources}
 
 
 def _flush(run: Run, accumulator: MetricsAccumulator, policy: NonFinitePolicy) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-
 from weft.models.batch import IGNORED, PackedBatch
 from weft.models.build import build_model, build_task
 from weft.models.transformer.config import Config, NgramConfig
