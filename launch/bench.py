@@ -154,7 +154,7 @@ def _print(recipe: str, results: dict[str, Any]) -> None:
             f"{data['prepare_bytes_per_s'] / 1e6:.1f} MB/s",
         ],
         [
-            "loading / datasets, shuffled torch batches",
+            "loading / datasets through a DataLoader",
             _ratio(data, "load_ratio"),
             f"{data['load_tokens_per_s'] / 1e6:.1f}M tokens/s",
         ],

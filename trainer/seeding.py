@@ -21,7 +21,10 @@ def seed_micro_batch(seed: int, first_sample: int) -> None:
     value = int.from_bytes(digest, "little")
     random.seed(value)
     np.random.seed(value & 0xFFFFFFFF)
-    torch.manual_seed(value >> 1)
+    # Not torch.manual_seed: without a CUDA context it queues a call, traceback included, every time.
+    torch.default_generator.manual_seed(value >> 1)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value >> 1)
 
 
 def rng_state() -> dict[str, Any]:
