@@ -57,7 +57,7 @@ def test_hashed_tables_are_whole_and_their_gradient_sparse() -> None:
     tables = 6 * 65_536 * 128
     dense = sum(found.parameters.values()) - tables
     assert found.memory.parameters == pytest.approx(4 * (dense / 2 + tables), abs=4)
-    assert found.memory.gradients == pytest.approx(4 * (dense / 2 + 8192 * 6 * 128), abs=4)
+    assert found.memory.gradients == pytest.approx(4 * (dense / 2 + 2048 * 6 * 128), abs=4)
 
 
 def test_hybrid_sharding_splits_over_one_group() -> None:
