@@ -74,7 +74,9 @@ def _peer(datasets: Any, data: Any, length: int, folder: Path) -> dict[str, floa
     ordered = packed.shuffle(seed=0).with_format("torch")
     found = {"datasets_prepare_bytes_per_s": size / prepared_s}
     # What a training script does with it, and the fastest the library itself can be read.
-    batches = torch.utils.data.DataLoader(packed.with_format("torch"), batch_size=BATCH_ROWS, shuffle=True)
+    batches = torch.utils.data.DataLoader(
+        packed.with_format("torch"), batch_size=BATCH_ROWS, shuffle=True
+    )
     found["datasets_load_tokens_per_s"] = _drain(batches)
     found["datasets_iter_tokens_per_s"] = _drain(ordered.iter(batch_size=BATCH_ROWS))
     return found
