@@ -46,15 +46,16 @@ def list_command(run: str) -> None:
             f"{info.bytes / 1e6:,.1f} MB",
             info.manifest.kind if info.manifest else "",
             info.manifest.world_size if info.manifest else "",
+            "" if info.score is None else f"{info.score:.4f}",
             info.problem or ("complete, latest" if info.path.name == latest else "complete"),
         ]
         for info in infos
     ]
     print_table(
         f"checkpoints of {run}",
-        ["step", "age", "size", "kind", "ranks", "state"],
+        ["step", "age", "size", "kind", "ranks", "held-out loss", "state"],
         rows,
-        right=(0, 1, 2, 4),
+        right=(0, 1, 2, 4, 5),
     )
 
 

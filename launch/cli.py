@@ -4,7 +4,7 @@ Nothing heavy is imported here, so `weft --help` answers at once. Each verb is a
 folder with a click command called `command`.
 
 Exit codes: 0 done, 1 a bug (with its traceback), 2 something the user can mend, 3 a run that stopped
-by policy, 130 interrupted, 141 the reader of a pipe went away.
+by policy, 75 a run that was asked to stop and saved, 130 interrupted, 141 the reader of a pipe went away.
 """
 
 from __future__ import annotations

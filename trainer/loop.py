@@ -117,11 +117,14 @@ def fit(run: Run, stop: StopRequest) -> str:
             if is_due(config.logging.every, step) or wants_save or wants_evaluation:
                 state.seconds = clock.total()
                 _flush(run, accumulator, policy)
+            held_out: dict[str, Any] = {}
             if wants_evaluation:
-                run.recorder.log(step, run.evaluate())
+                held_out = run.evaluate()
+                run.recorder.log(step, held_out)
                 clock.restart_lap()
             if wants_save:
-                save(run, kind="final" if is_last else "periodic")
+                score = held_out.get("eval/loss")
+                save(run, kind="final" if is_last else "periodic", score=score)
                 clock.restart_lap()
             if is_due(GC_EVERY, step):
                 gc.collect()
@@ -228,8 +231,11 @@ def _device_name(topology: Topology) -> str | None:
     return torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else None
 
 
-def save(run: Run, kind: str) -> None:
+def save(run: Run, kind: str, score: float | None = None) -> None:
     """Collective: hand the run's whole state to the checkpoint manager.
+
+    Args:
+        score: held-out loss at this step, where it was measured.
 
     Raises:
         TrainingError: too many saves in a row failed.
@@ -238,6 +244,7 @@ def save(run: Run, kind: str) -> None:
         "step": run.state.step,
         "train": asdict(run.state),
         "engine": run.engine.scalar_state(),
+        "score": score,
         **run.fixed_state,
     }
     try:

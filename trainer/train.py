@@ -160,6 +160,7 @@ def open_run(config: TrainingConfig, topology: Topology, stop: StopRequest, *, r
         fixed_state={
             "data": {"fingerprint": data.fingerprint, "seed": config.run.seed},
             "config_hash": config_hash(config),
+            "engine_name": config.parallel.engine,
         },
     )
 

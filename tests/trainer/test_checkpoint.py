@@ -358,6 +358,17 @@ def test_retention_keeps_the_newest_the_permanent_and_the_one_resumed_from(tmp_p
     assert [i.step for i in list_checkpoints(tmp_path) if i.problem is None] == [1, 3, 4, 6, 9]
 
 
+def test_retention_keeps_the_best_by_held_out_loss(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, CheckpointConfig(keep=1, keep_best=2), Topology())
+    losses = [3.0, 1.5, None, 1.5, float("nan"), 2.0, 1.2, 4.0]
+    left = []
+    for step, loss in enumerate(losses, 1):
+        manager.save(step, shards_of(TENSORS), {"score": loss}, {}, blocking=True)
+        left.append([i.step for i in list_checkpoints(tmp_path)])
+    # Worked out by hand: the newest, and the two lowest numbers so far; of equal ones the older.
+    assert left == [[1], [1, 2], [1, 2, 3], [2, 4], [2, 4, 5], [2, 4, 6], [2, 7], [2, 7, 8]]
+
+
 def test_a_rank_that_never_reports_is_named(tmp_path: Path) -> None:
     def work(topology: FakeTopology) -> None:
         manager = CheckpointManager(tmp_path, CheckpointConfig(timeout_s=0.3), topology)

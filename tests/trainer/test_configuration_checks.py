@@ -61,6 +61,7 @@ def test_sound_settings_pass(sections: dict[str, Any]) -> None:
         ({"data": {"vocabulary": "hf:x"}, "model": {"ngram": {"rows": 5}}}, "model.ngram: hashed byte n-grams need data.vocabulary=bytes, found hf:x"),
         ({"parallel": {"shard_ranks": 2}}, "parallel.shard_ranks: has no effect with parallel.strategy=auto"),
         ({"optimizer": {"skip_step": True, "skip_step_window": 8}}, "optimizer.skip_step_minimum: 64 values are never held"),
+        ({"checkpoint": {"keep_best": 2}, "eval": {"every": None, "at_end": False}}, "checkpoint.keep_best: no step is ever evaluated"),
     ],
 )  # fmt: skip
 def test_wrong_together(sections: dict[str, Any], message: str) -> None:

@@ -290,6 +290,18 @@ def test_failed_saves_are_survived_up_to_a_number(
         run_new(tmp_path / "full")
 
 
+def test_the_best_checkpoints_outlive_the_newest(tmp_path: Path) -> None:
+    settings = ["eval.every=4", "checkpoint.every=4", "checkpoint.keep=1", "checkpoint.keep_best=2"]
+    run = run_new(tmp_path, *settings, "optimizer.lr=0.1")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = {r["step"]: r["eval/loss"] for r in rows if "eval/loss" in r}
+    assert sorted(scores) == list(range(4, 31, 4))
+    best = sorted(scores, key=lambda step: (scores[step], step))[:2]
+    kept = list_checkpoints(run)
+    assert [i.step for i in kept] == sorted({*best, 30})
+    assert all(i.score == scores.get(i.step) for i in kept)
+
+
 def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="cannot be written"):

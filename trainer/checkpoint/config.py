@@ -18,6 +18,11 @@ class CheckpointConfig(Section):
         1000, gt=0, description="steps between saves; null saves at the end only"
     )
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_best: int = Field(
+        0,
+        ge=0,
+        description="checkpoints of the lowest held-out loss kept besides; those saved at a step that was evaluated count",
+    )
     permanent_every: int | None = Field(
         None, gt=0, description="steps between checkpoints that are never removed"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import shutil
 import threading
@@ -86,7 +87,8 @@ class CheckpointManager:
         """Collective: save; returns as soon as the tensors are copied unless `blocking`.
 
         Args:
-            state: plain data, the same on all ranks; rank 0's is written.
+            state: plain data, the same on all ranks; rank 0's is written. A number called `score` (lower is better)
+                is what `keep_best` goes by.
             rank_state: plain data of this rank.
             kind: `permanent` is never removed.
 
@@ -246,6 +248,7 @@ class CheckpointManager:
         """Retention: over all attempts, after the commit, counting only sound checkpoints."""
         sound = [info for info in list_checkpoints(self.run_dir) if info.problem is None]
         kept = {info.path for info in sound[-self.config.keep :]} | {newest}
+        kept |= {info.path for info in self._best(sound)}
         for info in sound:
             if info.path in kept or info.path == self.resumed_from or self._is_permanent(info):
                 continue
@@ -253,6 +256,11 @@ class CheckpointManager:
             os.rename(
                 info.path, info.path.with_name(f".trash-{info.path.name}-{uuid.uuid4().hex[:8]}")
             )
+
+    def _best(self, sound: Sequence[CheckpointInfo]) -> list[CheckpointInfo]:
+        """Those of the lowest held-out loss; of equal ones the older, so that a plateau moves nothing."""
+        scored = [i for i in sound if i.score is not None and math.isfinite(i.score)]
+        return sorted(scored, key=lambda info: (info.score, info.step))[: self.config.keep_best]
 
     def _is_permanent(self, info: CheckpointInfo) -> bool:
         every = self.config.permanent_every

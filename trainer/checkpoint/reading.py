@@ -46,6 +46,11 @@ class CheckpointInfo:
     problem: str | None
 
     @property
+    def score(self) -> float | None:
+        """Held-out loss at the step of the save, where it was measured."""
+        return self.manifest.state.get("score") if self.manifest else None
+
+    @property
     def bytes(self) -> int:
         return sum(self.manifest.files.values()) if self.manifest else 0
 

@@ -122,6 +122,14 @@ def _skip_step_can_apply(config: TrainingConfig) -> Iterator[str]:
         )
 
 
+def _best_can_be_told(config: TrainingConfig) -> Iterator[str]:
+    if config.checkpoint.keep_best and config.eval.every is None and not config.eval.at_end:
+        yield (
+            "checkpoint.keep_best: no step is ever evaluated, so none is the best; set eval.every to a multiple of "
+            "checkpoint.every, or checkpoint.keep_best=0"
+        )
+
+
 _CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("train.batch_tokens", "data.sequence_length"), _batch_in_rows),
     (("train.micro_batch_tokens", "data.sequence_length"), _micro_batch_in_rows),
@@ -131,6 +139,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("model.ngram", "data.vocabulary"), _ngrams_of_bytes),
     (("parallel",), _mesh_only_for_hsdp),
     (("optimizer",), _skip_step_can_apply),
+    (("checkpoint", "eval"), _best_can_be_told),
 )
 
 
