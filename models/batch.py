@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class PackedBatch:
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         """The same batch with `change` applied to every tensor."""
-        values = {}
+        values: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             values[item.name] = change(value) if isinstance(value, Tensor) else value

@@ -20,7 +20,7 @@ __all__ = ["NonFinitePolicy", "StopRequest", "is_due"]
 
 def is_due(every: int | None, step: int) -> bool:
     """Whether something that happens every `every` steps happens after this one."""
-    return bool(every) and step % every == 0
+    return every is not None and step % every == 0
 
 
 class StopRequest:

@@ -30,6 +30,7 @@ def seed_micro_batch(seed: int, first_sample: int) -> None:
 def rng_state() -> dict[str, Any]:
     """This rank's generators as plain data; a checkpoint carries it so that two runs can be compared."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert not isinstance(keys, str)
     state: dict[str, Any] = {
         "python": hashlib.sha256(repr(random.getstate()).encode()).hexdigest(),
         "numpy": hashlib.sha256(

@@ -101,9 +101,8 @@ class _BareLoop:
     def __init__(self, run: Run) -> None:
         self.run, config = run, run.config
         self.model = build_model(config.model, seed=config.run.seed, device=run.topology.device)
-        sparse = {
-            n for g in run.engine.groups if g.algorithm == "row_sparse_adam" for n in g.parameters
-        }  # type: ignore[attr-defined]
+        groups = run.task.parameter_groups({"model": self.model})
+        sparse = {n for g in groups if g.algorithm == "row_sparse_adam" for n in g.parameters}
         named = {f"model/{n}": p for n, p in self.model.named_parameters()}
         self.dense = [p for n, p in named.items() if n not in sparse]
         self.tables = [
@@ -135,15 +134,16 @@ class _BareLoop:
         for batch in micro_batches:
             terms = task.losses({"model": self.model}, batch.to(self.run.topology.device)).terms
             sum(t.weight * t.total / count for t in terms.values()).backward()  # type: ignore[union-attr]
-        tables = [(p, m, v, p.grad.coalesce()) for p, m, v in self.tables]
-        squares = torch.stack(torch._foreach_norm([p.grad for p in self.dense])).square().sum()  # type: ignore[attr-defined]
+        tables = [(p, m, v, p.grad.coalesce()) for p, m, v in self.tables if p.grad is not None]
+        gradients = [p.grad for p in self.dense if p.grad is not None]
+        squares = torch.stack(torch._foreach_norm(gradients)).square().sum()  # type: ignore[attr-defined]
         norm = (squares + sum(g.values().square().sum() for *_, g in tables)).sqrt()
         clip = (
             (o.clip_grad_norm / (norm + 1e-6)).clamp_max(1.0)
             if o.clip_grad_norm
             else torch.ones_like(norm)
         )
-        torch._foreach_mul_([p.grad for p in self.dense], clip)  # type: ignore[attr-defined]
+        torch._foreach_mul_(gradients, clip)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.updates += 1
         step, keep = torch.tensor(float(self.updates), device=norm.device), torch.ones_like(norm)

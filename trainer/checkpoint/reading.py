@@ -130,7 +130,7 @@ def verify_files(path: Path, manifest: Manifest, names: Sequence[str]) -> Iterat
             raw = _map(path / chunk.file, chunk.offset, chunk.bytes)
             if raw is None:
                 yield f"{chunk.file} is shorter than its manifest says"
-            elif hashlib.sha256(memoryview(raw)).hexdigest() != chunk.sha256:
+            elif hashlib.sha256(raw.data).hexdigest() != chunk.sha256:
                 yield f"{chunk.file}: tensor {name} does not match its checksum"
 
 

@@ -78,7 +78,7 @@ def _write_file(path: Path, pieces: list[Piece]) -> list[dict[str, Any]]:
         file.write(encoded)
         for piece in pieces:
             offset = file.tell()
-            raw = memoryview(piece.tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            raw = piece.tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
             file.write(raw)
             chunk = Chunk(
                 piece.start,

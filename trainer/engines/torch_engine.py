@@ -319,7 +319,7 @@ def _wrap_blocks(blocks: Sequence[nn.Module], parallel: ParallelConfig) -> None:
     """Recomputation and compilation of each block, in place, so that parameter names stay what they are."""
     for block in blocks:
         if parallel.activation_checkpointing != "none":
-            contexts = {}
+            contexts: dict[str, Any] = {}
             if parallel.activation_checkpointing == "selective":
                 contexts = {
                     "context_fn": functools.partial(
