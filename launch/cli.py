@@ -10,6 +10,7 @@ by policy, 75 a run that was asked to stop and saved, 130 interrupted, 141 the r
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import select
 import sys
@@ -81,6 +82,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point. Errors of the user are one line each and exit code 2; tracebacks are for bugs."""
+    logging.basicConfig(level=logging.WARNING, format="weft: %(levelname)s: %(message)s")
     try:
         code = _run()
         # What is still buffered must meet a closed pipe here, not at the interpreter's exit.

@@ -5,8 +5,8 @@ The same function serves a new run and a resumed one, one process and many.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..models import build_task
-from ..models.errors import CheckpointError, ConfigError
+from ..models.errors import CheckpointError, ConfigError, WeftError
 from ..models.task import Task
 from .checkpoint.manager import CheckpointManager
 from .checkpoint.reading import find_checkpoint
@@ -66,7 +66,14 @@ def train(config: TrainingConfig, run_dir: Path | None = None, *, resume: bool =
         claim_folder(config, topology, resume=resume)
         # Signals count from here on: a stop asked for while opening is honoured before the first step.
         with StopRequest(config.run_dir) as stop:
-            run = open_run(config, topology, stop, resume=resume)
+            try:
+                run = open_run(config, topology, stop, resume=resume)
+            except WeftError:
+                if not resume and topology.is_main:
+                    release_folder(config.run_dir)
+                raise
+            if resume and topology.is_main:
+                write_text(config.run_dir / "config.yaml", dump_config(config))
             try:
                 with run.progress:
                     outcome = fit(run, stop)
@@ -86,6 +93,8 @@ def train(config: TrainingConfig, run_dir: Path | None = None, *, resume: bool =
 def claim_folder(config: TrainingConfig, topology: Topology, *, resume: bool) -> None:
     """Collective: make the run folder and write its configuration, or refuse a folder that holds another run.
 
+    A resumed run keeps its configuration until it is open: one that is refused must not spoil the next attempt.
+
     Raises:
         ConfigError: a new run in a used folder, or a folder that cannot be written.
     """
@@ -100,12 +109,21 @@ def claim_folder(config: TrainingConfig, topology: Topology, *, resume: bool) ->
         else:
             try:
                 (folder / "logs").mkdir(parents=True, exist_ok=True)
-                write_text(folder / "config.yaml", dump_config(config))
+                if not resume:
+                    write_text(folder / "config.yaml", dump_config(config))
             except OSError as error:
                 problem = f"run folder {folder} cannot be written: {error.strerror}; set run.dir elsewhere"
     problem = topology.broadcast_json(problem)
     if problem:
         raise ConfigError(problem)
+
+
+def release_folder(folder: Path) -> None:
+    """Undo `claim_folder` for a run that could not be opened; what else lies there stays."""
+    (folder / "config.yaml").unlink(missing_ok=True)
+    for empty in (folder / "logs", folder):
+        with contextlib.suppress(OSError):
+            empty.rmdir()
 
 
 def open_run(config: TrainingConfig, topology: Topology, stop: StopRequest, *, resume: bool) -> Run:
@@ -218,10 +236,3 @@ def start_from(engine: Engine, checkpoints: CheckpointManager, config: TrainingC
     loaded = checkpoints.load(path, shards)
     if wants_optimizer:
         engine.load_scalar_state(loaded.state["engine"])
-
-
-def configure_logging() -> None:
-    """Warnings as plain lines on standard error."""
-    logging.basicConfig(
-        level=logging.WARNING, format="weft: %(levelname)s: %(message)s", stream=sys.stderr
-    )
