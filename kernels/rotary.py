@@ -98,4 +98,8 @@ def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
         (..., H, head_dim) in the type of `x`.
     """
     wide = torch.promote_types(x.dtype, table.cos.dtype)
-    return _Rotate.apply(x, table.cos.to(wide)[..., None, :], table.sin.to(wide)[..., None, :])
+    cos, sin = (angle.to(wide)[..., None, :] for angle in (table.cos, table.sin))
+    if torch.compiler.is_compiling():
+        # The compiler differentiates the definition as cheaply; torch 2.11's loses the gradient of a Function.
+        return _rotate(x, cos, sin)
+    return _Rotate.apply(x, cos, sin)
