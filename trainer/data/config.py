@@ -100,7 +100,7 @@ class DataConfig(Section):
     prepare_workers: int | None = Field(
         None, ge=1, description="processes that prepare; null is one a core"
     )
-    prefetch_steps: int = Field(4, ge=1, description="steps assembled ahead in the background")
+    prefetch_steps: int = Field(8, ge=1, description="steps assembled ahead in the background")
     allow_changed: bool = Field(
         False, description="resume although a dataset's fingerprint changed"
     )

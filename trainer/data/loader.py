@@ -26,6 +26,9 @@ from .stream import TokenStream
 
 __all__ = ["HeldOutBatches", "PackedLoader", "StepBatch", "held_out_batches"]
 
+TASK_TOKENS = 1 << 16
+"""A worker assembles about this many positions before it hands over: two threads that meet cost more than a small step."""
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -95,10 +98,13 @@ class PackedLoader:
         self._pin_memory = pin_memory
         self._samples = self._next_sample = start_sample
         self._end_sample = end_sample
-        self._returned: deque[StepBatch] = deque()
-        self._pending: deque[Future[StepBatch]] = deque()
+        self._ready: deque[StepBatch | BaseException] = deque()
+        self._pending: deque[Future[list[StepBatch | BaseException]]] = deque()
         self._pool = ThreadPoolExecutor(threads, "weft-data")
-        for _ in range(prefetch or data.config.prefetch_steps):
+        ahead = prefetch or data.config.prefetch_steps
+        share_tokens = self._share * data.config.sequence_length
+        self._steps_a_task = max(1, min(ahead // (2 * threads), TASK_TOKENS // share_tokens))
+        for _ in range(-(-ahead // self._steps_a_task)):
             self._submit()
 
     def next_step(self) -> StepBatch:
@@ -108,23 +114,25 @@ class PackedLoader:
             DataError: a source is used up (`max_epochs`).
             ValueError: the loader was closed, or `end_sample` is reached.
         """
-        if self._returned:
-            batch = self._returned.popleft()
-        elif not self._pending:
-            raise ValueError(
-                f"no step at sample {self._samples}: the loader is closed or at its end_sample"
-            )
-        else:
+        wait_s = 0.0
+        if not self._ready:
+            if not self._pending:
+                raise ValueError(
+                    f"no step at sample {self._samples}: the loader is closed or at its end_sample"
+                )
             started = time.perf_counter()
-            batch = self._pending.popleft().result()
-            batch = replace(batch, wait_s=time.perf_counter() - started)
+            self._ready.extend(self._pending.popleft().result())
+            wait_s = time.perf_counter() - started
             self._submit()
+        batch = self._ready.popleft()
+        if isinstance(batch, BaseException):
+            raise batch
         self._samples = batch.first_sample + batch.rows
-        return batch
+        return replace(batch, wait_s=wait_s) if wait_s else batch
 
     def give_back(self, batch: StepBatch) -> None:
         """Undo the last `next_step`: its batch was not trained on and comes again."""
-        self._returned.appendleft(batch)
+        self._ready.appendleft(batch)
         self._samples = batch.first_sample
 
     def state(self) -> dict[str, Any]:
@@ -148,6 +156,7 @@ class PackedLoader:
         """Stop assembling; the loader gives nothing after this."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
+        self._ready.clear()
 
     def __enter__(self) -> PackedLoader:
         return self
@@ -174,9 +183,22 @@ class PackedLoader:
         )
 
     def _submit(self) -> None:
-        if self._end_sample is None or self._next_sample < self._end_sample:
-            self._pending.append(self._pool.submit(self.assemble, self._next_sample))
-            self._next_sample += self._batch_rows
+        first, stop = self._next_sample, self._next_sample + self._steps_a_task * self._batch_rows
+        if self._end_sample is not None:
+            stop = min(stop, self._end_sample)
+        if first < stop:
+            self._pending.append(self._pool.submit(self._assemble_until, first, stop))
+            self._next_sample = first + -(-(stop - first) // self._batch_rows) * self._batch_rows
+
+    def _assemble_until(self, first_sample: int, stop: int) -> list[StepBatch | BaseException]:
+        """Steps from one sample up to another; an error takes the place of the step that has it."""
+        found: list[StepBatch | BaseException] = []
+        for first in range(first_sample, stop, self._batch_rows):
+            try:
+                found.append(self.assemble(first))
+            except BaseException as error:
+                return [*found, error]
+        return found
 
     def _micro_batch(self, first_sample: int, located: Located, first: int) -> PackedBatch:
         part = slice(first, first + self._micro_rows)
