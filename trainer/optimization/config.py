@@ -31,7 +31,7 @@ class OptimizerConfig(Section):
         128, ge=2, description="earlier steps an outlier is measured against"
     )
     skip_step_minimum: int = Field(
-        64, ge=2, description="values held, the newest included, before the rule applies"
+        64, ge=3, description="values held, the newest included, before the rule applies"
     )
     skip_step_std: float = Field(
         6.0, gt=0, description="standard deviations above the mean that make an outlier"
