@@ -78,24 +78,41 @@ class Topology:
 
 
 def _launcher_environment() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local world size) as the launcher says, or a single process."""
+    """(rank, world size, local rank, local world size) as the launcher says, or a single process.
+
+    Raises:
+        LaunchError: half of what is needed is there, or it is no number.
+    """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        world = int(env["WORLD_SIZE"])
+        rank, world = _integer("RANK"), _integer("WORLD_SIZE")
+        if rank >= world:
+            raise LaunchError(f"RANK is {rank} but WORLD_SIZE is {world}; ranks count from 0")
+        return rank, world, _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", world)
+    if "SLURM_PROCID" in env and _integer("SLURM_NTASKS", 1) > 1:
         return (
-            int(env["RANK"]),
-            world,
-            int(env.get("LOCAL_RANK", 0)),
-            int(env.get("LOCAL_WORLD_SIZE", world)),
-        )
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        return (
-            int(env["SLURM_PROCID"]),
-            int(env["SLURM_NTASKS"]),
-            int(env.get("SLURM_LOCALID", 0)),
+            _integer("SLURM_PROCID"),
+            _integer("SLURM_NTASKS"),
+            _integer("SLURM_LOCALID", 0),
             int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]),
         )
+    if "RANK" in env or _integer("WORLD_SIZE", 1) > 1:
+        given, absent = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
+        # Taken for a single process, every rank would train alone in the same run folder.
+        raise LaunchError(
+            f"{given} is set but {absent} is not; start with torchrun, or unset {given} for a single process"
+        )
     return 0, 1, 0, 1
+
+
+def _integer(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise LaunchError(
+            f"{name} is {text!r}, expected a whole number; it is the launcher that sets it"
+        ) from None
 
 
 def initialise_distributed(device: str = "auto", timeout_s: float = 1800.0) -> Topology:
@@ -123,10 +140,11 @@ def initialise_distributed(device: str = "auto", timeout_s: float = 1800.0) -> T
         torch.cuda.set_device(place)
     if world_size == 1:
         return Topology(device=place)
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+    if absent := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise LaunchError(
-            f"{world_size} ranks but MASTER_ADDR and MASTER_PORT are not set; start with torchrun or weft submit"
+            f"{world_size} ranks but no {' and no '.join(absent)}; start with torchrun, or export both in the job script"
         )
+    _integer("MASTER_PORT")
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
         "cuda:nccl,cpu:gloo" if use_cuda else "gloo",
