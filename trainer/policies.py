@@ -93,6 +93,6 @@ class NonFinitePolicy:
             )
         if self.seen > self.budget:
             raise TrainingError(
-                f"{what} not finite at {where}, the {self.seen}th such step and over "
+                f"{what} not finite at {where}; that makes {self.seen} such steps, more than "
                 f"train.non_finite_budget={self.budget}; lower optimizer.lr or look at these samples"
             )
