@@ -119,8 +119,9 @@ def fit(run: Run, stop: StopRequest) -> str:
                 _flush(run, accumulator, policy)
             held_out: dict[str, Any] = {}
             if wants_evaluation:
-                held_out = run.evaluate()
-                run.recorder.log(step, held_out)
+                # Empty where a stop cut it short: half an evaluation is no record.
+                if held_out := run.evaluate():
+                    run.recorder.log(step, held_out)
                 clock.restart_lap()
             if wants_save:
                 score = held_out.get("eval/loss")
