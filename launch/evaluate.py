@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import click
@@ -51,7 +52,9 @@ def command(
         click.echo(json.dumps(report, indent=1))
         return
     _print_report(run, report)
-    click.echo(f"written to {report_path(folder, report['step'])}")
+    # Where the file could not be written, a warning has said so.
+    if os.access(folder, os.W_OK):
+        click.echo(f"written to {report_path(folder, report['step'])}")
 
 
 def _print_report(run: str, report: dict[str, Any]) -> None:

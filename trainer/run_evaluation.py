@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from .metrics.records import plain_json
 from .trained import TrainedRun, open_trained
 
 __all__ = ["evaluate_run", "evaluate_trained", "report_path"]
+
+log = logging.getLogger("weft")
 
 
 def report_path(run_dir: Path, step: int) -> Path:
@@ -30,6 +33,8 @@ def evaluate_run(
     with_baselines: bool = False,
 ) -> dict[str, Any]:
     """Collective: open a run, evaluate it on its held-out documents, write RUN/eval/step_XXXXXXXX.json.
+
+    A folder that cannot be written costs the file and a warning, not the numbers.
 
     Args:
         run_dir, step, overrides: see `open_trained`.
@@ -67,7 +72,14 @@ def evaluate_trained(
         report["baselines"] = compression_bits_per_byte(held_out_documents(data))
     report = plain_json(report)
     if trained.topology.is_main:
-        path = report_path(trained.run_dir, trained.step)
+        _write_report(report_path(trained.run_dir, trained.step), report)
+    return report
+
+
+def _write_report(path: Path, report: dict[str, Any]) -> None:
+    try:
         path.parent.mkdir(exist_ok=True)
         write_json(path, report)
-    return report
+    except OSError as error:
+        # A run that is someone else's to write can still be evaluated.
+        log.warning("%s was not written: %s", path, error.strerror)
