@@ -49,6 +49,10 @@ def train_command(
     recipe: str, overrides: tuple[str, ...], steps: int, json_path: str | None
 ) -> None:
     """Measure the trainer around RECIPE: its step against a bare PyTorch loop, saves, loading, start and resume."""
+    if json_path and not Path(json_path).absolute().parent.is_dir():
+        raise click.BadParameter(
+            f"there is no folder {Path(json_path).parent} for {json_path}", param_hint="--json"
+        )
     with tempfile.TemporaryDirectory(prefix="weft-bench-") as folder:
         config = load_recipe(
             recipe, [f"run.dir={folder}/steps", "schedule.warmup_steps=1", *overrides]
