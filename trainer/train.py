@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,9 @@ def claim_folder(config: TrainingConfig, topology: Topology, *, resume: bool) ->
                 (folder / "logs").mkdir(parents=True, exist_ok=True)
                 if not resume:
                     write_text(folder / "config.yaml", dump_config(config))
+                # Found out here, not by the first thing that is written once all is open.
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
             except OSError as error:
                 problem = f"run folder {folder} cannot be written: {error.strerror}; set run.dir elsewhere"
     problem = topology.broadcast_json(problem)
