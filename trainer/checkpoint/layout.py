@@ -9,8 +9,10 @@ The manifest lands last, in a temporary folder that is then renamed: a folder wi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ __all__ = [
     "Manifest",
     "StoredTensor",
     "checkpoints_folder",
+    "data_starts",
+    "header_checksum",
     "step_folder",
     "step_of",
 ]
@@ -80,6 +84,8 @@ class Manifest:
         files: size in bytes of each data file.
         state: what the trainer saved beside tensors; plain data.
         ranks: one entry a rank: the state of its random generators.
+        headers: checksum of what each data file holds before its data; older checkpoints have none.
+        sha256: checksum of everything above, as read from the file; empty where it has none.
     """
 
     step: int
@@ -91,9 +97,11 @@ class Manifest:
     state: dict[str, Any]
     ranks: list[dict[str, Any]]
     versions: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    sha256: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
+        return {"format": FORMAT, **asdict(self), "sha256": self.checksum()}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Manifest:
@@ -105,6 +113,11 @@ class Manifest:
             for name, t in data["tensors"].items()
         }
         return Manifest(**values)
+
+    def checksum(self) -> str:
+        """Of all that is written but the checksum itself; the same before and after a trip through JSON."""
+        written = {name: value for name, value in asdict(self).items() if name != "sha256"}
+        return hashlib.sha256(json.dumps(written).encode()).hexdigest()
 
     def check_tiling(self) -> None:
         """Check that the chunks of every tensor cover it exactly.
@@ -124,6 +137,20 @@ class Manifest:
             total = torch.Size(tensor.shape).numel()
             if position != total:
                 raise CheckpointError(f"tensor {name} has {position} of {total} elements")
+
+
+def data_starts(chunks: Iterable[Chunk]) -> dict[str, int]:
+    """Where the data of each file begins, in bytes."""
+    starts: dict[str, int] = {}
+    for chunk in chunks:
+        starts[chunk.file] = min(chunk.offset, starts.get(chunk.file, chunk.offset))
+    return starts
+
+
+def header_checksum(path: Path, data_start: int) -> str:
+    """Of what a data file holds before its data."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(data_start)).hexdigest()
 
 
 def read_manifest_file(path: Path) -> Manifest:

@@ -19,6 +19,8 @@ from .layout import (
     Manifest,
     StoredTensor,
     checkpoints_folder,
+    data_starts,
+    header_checksum,
     read_manifest_file,
     step_of,
 )
@@ -65,7 +67,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def structure_problem(path: Path, manifest: Manifest) -> str | None:
-    """What can be seen without reading data: missing files, wrong sizes, tensors with holes."""
+    """What can be seen without reading data: missing files, wrong sizes, tensors with holes, a changed manifest."""
     for name, size in manifest.files.items():
         file = path / name
         if not file.is_file():
@@ -76,6 +78,8 @@ def structure_problem(path: Path, manifest: Manifest) -> str | None:
         manifest.check_tiling()
     except CheckpointError as error:
         return str(error)
+    if manifest.sha256 and manifest.sha256 != manifest.checksum():
+        return f"{MANIFEST} does not match its own checksum"
     return None
 
 
@@ -121,8 +125,12 @@ def verify_checkpoint(path: Path) -> list[str]:
 
 
 def verify_files(path: Path, manifest: Manifest, names: Sequence[str]) -> Iterator[str]:
-    """Problems of the chunks in some of a checkpoint's files."""
+    """Problems of the headers and chunks in some of a checkpoint's files."""
     wanted = set(names)
+    starts = data_starts(c for t in manifest.tensors.values() for c in t.chunks)
+    for name in sorted(wanted & manifest.headers.keys()):
+        if header_checksum(path / name, starts[name]) != manifest.headers[name]:
+            yield f"{name}: its header does not match its checksum"
     for name, tensor in manifest.tensors.items():
         for chunk in tensor.chunks:
             if chunk.file not in wanted:

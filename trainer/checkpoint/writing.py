@@ -20,7 +20,16 @@ from torch import Tensor
 
 from ...models.errors import CheckpointError
 from ..files import sync_directory, write_json, write_text
-from .layout import DTYPES, MANIFEST, Chunk, Manifest, StoredTensor, step_of
+from .layout import (
+    DTYPES,
+    MANIFEST,
+    Chunk,
+    Manifest,
+    StoredTensor,
+    data_starts,
+    header_checksum,
+    step_of,
+)
 
 __all__ = ["Piece", "build_manifest", "move_latest", "versions", "write_checkpoint", "write_pieces"]
 
@@ -142,7 +151,8 @@ def build_manifest(
         n: StoredTensor(t["shape"], t["dtype"], tuple(sorted(t["chunks"], key=lambda c: c.start)))
         for n, t in found.items()
     }
-    names = sorted({c.file for t in tensors.values() for c in t.chunks})
+    starts = data_starts(c for t in tensors.values() for c in t.chunks)
+    names = sorted(starts)
     manifest = Manifest(
         step=step,
         kind=kind,
@@ -153,6 +163,7 @@ def build_manifest(
         state=state,
         ranks=[report["rank_state"] for report in reports],
         versions=versions(),
+        headers={name: header_checksum(folder / name, starts[name]) for name in names},
     )
     manifest.check_tiling()
     return manifest
