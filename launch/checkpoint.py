@@ -72,7 +72,7 @@ def _age(created: float) -> str:
 @click.option("--step", type=int, help="Only the checkpoint of this step.")
 def verify_command(run: str, step: int | None) -> int:
     """Compare every byte of RUN's checkpoints with its checksum; exit code 2 if one is damaged."""
-    from ..trainer.checkpoint.reading import list_checkpoints, verify_checkpoint
+    from ..trainer.checkpoint.reading import find_checkpoint, list_checkpoints, verify_checkpoint
 
     infos = [i for i in list_checkpoints(run_folder(run)) if step in (None, i.step)]
     if not infos:
@@ -87,7 +87,8 @@ def verify_command(run: str, step: int | None) -> int:
         for line in problems or ["every byte sound"]:
             click.echo(f"{info.path}: {line}")
     if damaged:
-        hint = f"the newest sound one is {sound[-1].name}" if sound else "no sound one is left"
+        newest = sound[-1] if sound else find_checkpoint(run_folder(run))
+        hint = f"the newest sound one is {newest.name}" if newest else "no sound one is left"
         raise CheckpointError(
             f"{len(damaged)} of {len(infos)} checkpoints of {run} damaged, {damaged[-1].name} the newest of them; {hint}"
         )
