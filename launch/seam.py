@@ -148,21 +148,26 @@ def _last_step(run_dir: Path) -> int:
     return max(records, default=0)
 
 
-def _records(run_dir: Path) -> dict[int, dict[str, Any]]:
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
+    """Records of training steps, as they stand in the file."""
     path = run_dir / "metrics.jsonl"
-    found: dict[int, dict[str, Any]] = {}
+    found: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         # The last line of a run that is still writing may be half there.
         with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)
             if "loss" in record:
-                found[record["step"]] = record
+                found.append(record)
     return found
+
+
+def _records(run_dir: Path) -> dict[int, dict[str, Any]]:
+    return {record["step"]: record for record in _lines(run_dir)}
 
 
 def _compare_exactly(whole: Path, resumed: Path, steps: int) -> list[Verdict]:
     ours, theirs = _records(whole), _records(resumed)
-    verdicts = [_steps_verdict(theirs, steps)]
+    verdicts = [_steps_verdict(whole, resumed, steps)]
     for key in EXACT:
         differing = [s for s in ours if ours[s].get(key) != theirs.get(s, {}).get(key)]
         found = (
@@ -174,13 +179,12 @@ def _compare_exactly(whole: Path, resumed: Path, steps: int) -> list[Verdict]:
     return [*verdicts, *_compare_checkpoints(whole, resumed, steps)]
 
 
-def _steps_verdict(records: dict[int, dict[str, Any]], steps: int) -> Verdict:
-    is_whole = sorted(records) == list(range(1, steps + 1))
-    return Verdict(
-        "steps in metrics.jsonl",
-        f"{len(records)}, each once" if is_whole else f"{sorted(records)}",
-        is_whole,
-    )
+def _steps_verdict(whole: Path, resumed: Path, steps: int) -> Verdict:
+    for run_dir in (whole, resumed):
+        found = [record["step"] for record in _lines(run_dir)]
+        if found != list(range(1, steps + 1)):
+            return Verdict("steps in metrics.jsonl", f"{run_dir.name}: {found}", False)
+    return Verdict("steps in metrics.jsonl", f"{steps}, each once", True)
 
 
 def _compare_checkpoints(whole: Path, resumed: Path, steps: int) -> list[Verdict]:
@@ -208,7 +212,7 @@ def _compare_checkpoints(whole: Path, resumed: Path, steps: int) -> list[Verdict
 def _compare_closely(whole: Path, moved: Path, steps: int, ranks: int, other: int) -> list[Verdict]:
     ours, theirs = _records(whole), _records(moved)
     label = f"{ranks} -> {other} ranks:"
-    verdicts = [_steps_verdict(theirs, steps)]
+    verdicts = [_steps_verdict(whole, moved, steps)]
     different = [
         s for s in ours for key in SAME_DATA if ours[s].get(key) != theirs.get(s, {}).get(key)
     ]
@@ -221,8 +225,8 @@ def _compare_closely(whole: Path, moved: Path, steps: int, ranks: int, other: in
     )
     for key in CLOSE:
         worst = max(
-            abs(theirs.get(s, {}).get(key, math.inf) - ours[s][key]) / abs(ours[s][key])
-            for s in ours
+            (_relative_difference(ours[s][key], theirs.get(s, {}).get(key)) for s in ours),
+            default=math.inf,
         )
         verdicts.append(
             Verdict(
@@ -230,3 +234,12 @@ def _compare_closely(whole: Path, moved: Path, steps: int, ranks: int, other: in
             )
         )
     return verdicts
+
+
+def _relative_difference(ours: float | str, theirs: float | str | None) -> float:
+    """Values that are no numbers come as words; one of them beside a number is as far off as can be."""
+    if ours == theirs:
+        return 0.0
+    if theirs is None or not math.isfinite(float(ours)) or not math.isfinite(float(theirs)):
+        return math.inf
+    return abs(float(theirs) - float(ours)) / max(abs(float(ours)), 1e-30)
