@@ -5,6 +5,7 @@ Everything it does is one of the other commands; it ends by naming them.
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,9 +121,10 @@ def _report(
     ):
         click.echo(f"  {name:<18} {what}")
     click.echo("\nTry next:")
+    typed = shlex.quote(str(run_dir))
     for line, what in (
-        (f"weft train --resume {run_dir} train.steps=4000", "go on with it"),
-        (f"weft generate {run_dir} --prompt 'import os' --temperature 0.8", "more samples"),
+        (f"weft train --resume {typed} train.steps=4000", "go on with it"),
+        (f"weft generate {typed} --prompt 'import os' --temperature 0.8", "more samples"),
         ("weft debug seam olmo2/debug", "kill a run, resume it, compare every bit"),
         ("weft train olmo2/quickstart run.dir=runs/wider model.d_model=192", "change it"),
         ("weft plan olmo2/7b --gpus 64", "what a real size needs"),
