@@ -173,7 +173,11 @@ def test_exchanges_of_two_tasks_of_srun() -> None:
         )
         for r in range(2)
     ]
-    outputs = [task.communicate(timeout=100) for task in tasks]
+    try:
+        outputs = [task.communicate(timeout=100) for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
     assert [task.returncode for task in tasks] == [0, 0], outputs
     found = [json.loads(out) for out, _ in outputs]
     assert [f.pop("place") for f in found] == [[0, 2, True], [1, 2, False]]
