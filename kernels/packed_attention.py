@@ -95,28 +95,44 @@ class PackedLayout:
             _ = self.block_mask
 
     def _build_block_mask(self) -> Any:
-        from torch.nn.attention.flex_attention import BlockMask
-
         starts = self.document_starts
-        device, count = starts.device, -(-self.total // FLEX_BLOCK)
-        query = torch.arange(count, device=device)[:, None]
-        key = torch.arange(count, device=device)
-        first = starts[::FLEX_BLOCK][:, None]
-        last = starts[(query * FLEX_BLOCK + FLEX_BLOCK - 1).clamp(max=self.total - 1)]
-        needed = (key <= query) & (key >= first // FLEX_BLOCK)
-        is_whole = (query + 1) * FLEX_BLOCK <= self.total
-        full = (key < query) & (key * FLEX_BLOCK >= last) & is_whole
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (query >= key) & (key >= starts[query])
 
-        return BlockMask.from_kv_blocks(
-            *_ordered(needed & ~full),
-            *_ordered(full),
-            BLOCK_SIZE=FLEX_BLOCK,
-            mask_mod=visible,
-            seq_lengths=(self.total, self.total),
-        )
+        ends = torch.arange(1, self.total + 1, device=starts.device)
+        return interval_block_mask(starts, ends, visible)
+
+
+def interval_block_mask(starts: Tensor, ends: Tensor, visible: Callable[..., Tensor]) -> Any:
+    """flex_attention's BlockMask of queries that each see one run of keys, itself among them.
+
+    The keys that a block of queries sees are then one run as well, so that the least start and
+    the last end of a block say which key blocks it needs, without any T x T mask.
+
+    Args:
+        starts, ends: (T,) integers; query i sees keys starts[i] to ends[i] - 1.
+        visible: the same as a mask_mod, for the blocks that are seen in part.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    total = starts.shape[0]
+    count, padding = -(-total // FLEX_BLOCK), -total % FLEX_BLOCK
+    # What fills the last block changes no bound of it, and keeps it from being seen in whole.
+    starts = torch.nn.functional.pad(starts, (0, padding), value=total).view(count, FLEX_BLOCK)
+    ends = torch.nn.functional.pad(ends, (0, padding), value=0).view(count, FLEX_BLOCK)
+    (least, latest), (earliest, most) = starts.aminmax(dim=1), ends.aminmax(dim=1)
+    first = torch.arange(count, device=starts.device) * FLEX_BLOCK
+    last = first + FLEX_BLOCK
+    needed = (last > least[:, None]) & (first < most[:, None])
+    full = (first >= latest[:, None]) & (last <= earliest[:, None])
+    return BlockMask.from_kv_blocks(
+        *_ordered(needed & ~full),
+        *_ordered(full),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=visible,
+        seq_lengths=(total, total),
+    )
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
