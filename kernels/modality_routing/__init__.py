@@ -1,0 +1,20 @@
+"""Rows sorted by modality, weights of their own for each, and one attention that all share."""
+
+from .attention import mixed_attention, routed_attention
+from .layout import MixedLayout
+from .linear import routed_linear, routed_linear_unsorted
+from .norm import routed_rms_norm
+from .qk import qk_norm_rope_unpermute
+from .routing import Routing, route_by_modality
+
+__all__ = [
+    "MixedLayout",
+    "Routing",
+    "mixed_attention",
+    "qk_norm_rope_unpermute",
+    "route_by_modality",
+    "routed_attention",
+    "routed_linear",
+    "routed_linear_unsorted",
+    "routed_rms_norm",
+]
