@@ -42,7 +42,8 @@ def routed_linear(
     Args:
         x: (T, K), rows sorted by modality (`Routing.permute`).
         weights: (M, N, K), or M tensors (N, K), which may be frozen one by one.
-        bias: (M, N), or M tensors (N,).
+        bias: (M, N), or M tensors (N,). The sum is rounded to the type of x: add what must be exact
+            in a wider type, as the bias of Mamba's time steps, after this.
         grouped: use one `grouped_mm` instead of a product for each slice. It needs bfloat16,
             weights in one tensor, K and N multiples of 8, and no bias. Two or three slices of
             thousands of rows are as fast; it is for many modalities, or few rows of each.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,14 @@ LAYOUTS = {
     "one position": [2],
     "no positions": [],
 }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_by_luck() -> Iterator[None]:
+    """What an op does not write is NaN (the largest integer), instead of what lay there before."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def route(ids: list[int], n_modalities: int = 3) -> Routing:

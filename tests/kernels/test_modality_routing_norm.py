@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -38,6 +38,14 @@ IDS = {
     "one modality": [1] * 18,
 }
 NORMS = ["none", "head", "row", "mixed"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_by_luck() -> Iterator[None]:
+    """What an op does not write is NaN (the largest integer), instead of what lay there before."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def route(ids: list[int], device: torch.device | str = "cpu", n: int = 3) -> Routing:
@@ -395,6 +403,20 @@ def test_same_bits_each_time(face: str) -> None:
     first, second = case.run(face), case.run(face)
     for one, other in zip(itertools.chain(*first), itertools.chain(*second), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("face", ALL_FACES)
+def test_results_that_nobody_uses_count_as_zeros(face: str) -> None:
+    case = Case([0, 1, 0], "head")
+    case.seeds[1:] = [torch.zeros_like(seed) for seed in case.seeds[1:]]
+    expected = case.run(face)
+    with on_face(face) as device:
+        leaves = [value.to(device).requires_grad_() for value in (*case.heads, *case.weights)]
+        table = RotaryTable(case.table.cos.to(device), case.table.sin.to(device))
+        out = qk_norm_rope_unpermute(*leaves[:3], route(case.ids, device), table, *leaves[3:], EPS)
+        grads = torch.autograd.grad(out[0], leaves, case.seeds[0].to(device))
+    for found, wanted in zip(grads, expected[1], strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_nothing_is_kept_where_nothing_is_normalised() -> None:

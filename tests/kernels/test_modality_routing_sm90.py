@@ -10,9 +10,10 @@ MODULE = "weft.kernels.modality_routing.triton"
 
 @needs_sm90_tools
 @pytest.mark.slow
-@pytest.mark.parametrize("channels", [1024, 8192])
-def test_norm_compiles_for_sm90_without_spills(channels: int) -> None:
-    block, rows = channels, max(1, 2048 // channels)
+@pytest.mark.parametrize(("channels", "is_aligned"), [(1024, True), (8192, True), (4095, False)])
+def test_norm_compiles_for_sm90_without_spills(channels: int, is_aligned: bool) -> None:
+    block = 1 << (channels - 1).bit_length()
+    rows = max(1, 2048 // block)
     warps = min(16, max(4, rows * block // 512))
     common = {"p_x": "*bf16", "p_weights": "*bf16", "p_offsets": "*i32", "p_scale": "*fp32"}
     integers = {"channels": "i32", "stride_x": "i32"}
@@ -25,13 +26,16 @@ def test_norm_compiles_for_sm90_without_spills(channels: int) -> None:
         ("rms_norm_backward_kernel", backward, sizes),
     ):
         aligned = [name for name in types if name != "eps"]
+        if not is_aligned:
+            aligned = [name for name in aligned if name not in ("channels", "stride_x")]
         found = compile_sm90(
             MODULE, kernel, types, constants, divisible_by_16=aligned, num_warps=warps
         )
         assert found.spill_bytes == 0
-        assert found.registers <= 128
-        # Rows are read and written 16 bytes a thread.
-        assert sum("LDG" in line and ".128" in line for line in found.code) >= 2
+        # Rows that are not aligned need an address a value, which 8 warps have room for.
+        assert found.registers <= (128 if is_aligned else 255)
+        # Aligned rows are read and written 16 bytes a thread.
+        assert not is_aligned or sum("LDG" in code and ".128" in code for code in found.code) >= 2
         assert found.count("ATOM") + found.count("RED.") == 0
 
 
