@@ -46,7 +46,7 @@ def stretch_of(p_offsets, i_m, i_p, n_programs, STEP: tl.constexpr):
     start = tl.load(p_offsets + i_m - 1, mask=i_m > 0, other=0)
     end = tl.load(p_offsets + i_m)
     rows = tl.cdiv(tl.cdiv(end - start, n_programs), STEP) * STEP
-    first = tl.minimum(start + i_p * rows, end)
+    first = start + i_p * rows
     return first, tl.minimum(first + rows, end)
 
 
@@ -286,8 +286,8 @@ def count_programs(total: int) -> int:
     return min(MOST_PROGRAMS, triton.cdiv(total, ROWS_A_PROGRAM))
 
 
-def _wide(dtype: torch.dtype) -> tl.constexpr:
-    return tl.constexpr(tl.float64 if dtype == torch.float64 else tl.float32)
+def _wide(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _row_strided(x: Tensor) -> Tensor:

@@ -252,6 +252,14 @@ def test_thousands_of_positions() -> None:
     assert_close(found, exact.transpose(0, 1), 1e-5)
 
 
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "flex"])
+def test_no_positions_keep_all_three_in_the_graph(backend: str) -> None:
+    leaves = [value.requires_grad_() for value in random_heads(0)]
+    out = mixed_attention(*leaves, Pack([]).layout(), backend)
+    assert out.shape == (0, 4, 8)
+    assert all(grad.shape[0] == 0 for grad in torch.autograd.grad(out.sum(), leaves))
+
+
 def test_a_batch_without_images_runs_as_packed_attention_does() -> None:
     pack = Pack([[(40, False)], [(24, False)], [(64, False)]], row_length=64)
     q, k, v = (value.float() for value in random_heads(128))
