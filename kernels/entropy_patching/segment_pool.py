@@ -1,7 +1,7 @@
 """Maximum or mean of the rows of each patch: contiguous sorted segments, no atomics, the same bits every run.
 
-T rows of D channels, P segments. `torch.scatter_reduce` does the same with atomics, divides the gradient of a maximum
-among ties, and adds up 16-bit gradients in 16 bits.
+T rows of D channels, P segments. On a GPU `torch.scatter_reduce` does the same with atomics, and in 16 bits for 16-bit
+rows; it also divides the gradient of a maximum among ties.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from ..faces import pick_face, wide_dtype
 __all__ = ["POOL_MODES", "segment_pool", "segment_pool_reference"]
 
 POOL_MODES = ("max", "mean")
-LONG = 64
-"""Segments from this length on are reduced one by one on the CPU, shorter ones all together, row by row."""
 
 
 def segment_pool_reference(x: Tensor, starts: Tensor, lengths: Tensor, mode: str) -> Tensor:
@@ -77,7 +75,7 @@ def segment_of_rows(starts: Tensor, lengths: Tensor, total: int) -> Tensor:
     rows = torch.arange(total, device=starts.device, dtype=torch.int32)
     # The last segment that starts at or before the row. Empty ones in the middle share their start with the next one,
     # which comes after them; empty ones at the end start at T.
-    found = torch.searchsorted(starts, rows, right=True) - 1
+    found = torch.searchsorted(starts.contiguous(), rows, right=True) - 1
     known = found.clamp(min=0)
     is_inside = (found >= 0) & (rows < starts[known] + lengths[known])
     return torch.where(is_inside, found, starts.shape[0])
@@ -116,7 +114,7 @@ def _segment_pool(x: Tensor, starts: Tensor, lengths: Tensor, mode: str) -> tupl
             x.contiguous(), starts.contiguous(), lengths.contiguous(), pooled, rows, mode
         )
     elif face == "cpu":
-        _pool_by_rank(x, starts, lengths, mode, pooled, rows)
+        _pool_by_scatter(x, starts, lengths, mode, pooled, rows)
     else:
         pooled.copy_(segment_pool_reference(x, starts, lengths, mode))
         if mode == "max":
@@ -133,48 +131,28 @@ def _(x: Tensor, starts: Tensor, lengths: Tensor, mode: str) -> tuple[Tensor, Te
     return _new_outputs(x, starts, mode)
 
 
-def _pool_by_rank(
+def _pool_by_scatter(
     x: Tensor, starts: Tensor, lengths: Tensor, mode: str, pooled: Tensor, rows: Tensor
 ) -> None:
-    """First rows of all segments, then second rows, and so on; the few long segments one by one.
-
-    With segments in order of falling length, those that have an i-th row are the first ones, so that each step works
-    on a slice.
-    """
-    order = lengths.argsort(descending=True, stable=True)
-    sizes = lengths[order].tolist()
-    begins = starts[order].long()
-    many = sum(size >= LONG for size in sizes)
-    best = torch.zeros(len(sizes), x.shape[1], dtype=wide_dtype(x))
-    where = torch.full(best.shape if mode == "max" else (0, 0), -1, dtype=torch.int32)
-    for j in range(many):
-        start = int(begins[j])
-        part = x[start : start + sizes[j]].to(best.dtype)
-        if mode == "mean":
-            best[j] = part.mean(0)
-            continue
-        index = _first_maximum(part)
-        best[j] = part.gather(0, index[None])[0]
-        where[j] = index + start
-    alive = len(sizes)
-    for i in range(sizes[many] if many < len(sizes) else 0):
-        while sizes[alive - 1] <= i:
-            alive -= 1
-        at = begins[many:alive] + i
-        candidate, current = x[at].to(best.dtype), best[many:alive]
-        if mode == "mean":
-            current += candidate
-            continue
-        is_larger = (candidate > current) | (candidate.isnan() & ~current.isnan())
-        if i == 0:
-            is_larger = torch.ones_like(is_larger)
-        best[many:alive] = torch.where(is_larger, candidate, current)
-        where[many:alive] = torch.where(is_larger, at[:, None].int(), where[many:alive])
+    """By scatter_reduce, which is fast on the CPU for an expanded index; a second one finds the first maximum."""
+    total, segments = x.shape[0], starts.shape[0]
+    wide = x.to(wide_dtype(x))
+    segment = segment_of_rows(starts, lengths, total)
+    slots = segment[:, None].expand(x.shape)
+    reduction = "amax" if mode == "max" else "mean"
+    # Rows of no segment land in an extra one.
+    found = wide.new_zeros(segments + 1, x.shape[1])
+    found.scatter_reduce_(0, slots, wide, reduction, include_self=False)
+    pooled.copy_(found[:-1])
     if mode == "mean":
-        best[many:] /= lengths[order][many:, None].clamp(min=1)
-    else:
-        rows[order] = where
-    pooled[order] = best.to(x.dtype)
+        return
+    # Floating numbers are reduced several times faster than integers; fp32 is exact up to 2^24.
+    number = torch.float32 if 2 * total < 2**24 else torch.float64
+    is_smaller = ((wide == found.index_select(0, segment)) | wide.isnan()).logical_not_()
+    order = torch.arange(total, dtype=number, device=x.device)[:, None]
+    order = is_smaller.to(number).mul_(total).add_(order)
+    first = torch.full(found.shape, -1, dtype=number, device=x.device)
+    rows.copy_(first.scatter_reduce_(0, slots, order, "amin", include_self=False)[:-1])
 
 
 @torch.library.custom_op("weft::segment_pool_backward", mutates_args=())
@@ -194,16 +172,15 @@ def _segment_pool_backward(
             grad.contiguous(), rows, segment, lengths.contiguous(), x_grad, mode
         )
         return x_grad
+    if mode == "max":
+        # Every (row, channel) is the maximum of one segment at most; empty segments write to an extra row.
+        with_extra = grad.new_zeros(total + 1, grad.shape[1])
+        with_extra.scatter_(0, torch.where(rows < 0, total, rows).long(), grad)
+        return x_grad.copy_(with_extra[:-1])
     known = segment.clamp(max=starts.shape[0] - 1)
-    gathered = grad[known]
-    if mode == "mean":
-        gathered = gathered.to(wide_dtype(grad)) / lengths[known][:, None].clamp(min=1)
-        has_gradient = (segment < starts.shape[0])[:, None]
-    else:
-        own = torch.arange(total, device=grad.device, dtype=torch.int32)[:, None]
-        has_gradient = rows[known] == own
+    shares = grad.to(wide_dtype(grad)) / lengths[:, None].clamp(min=1)
     # By select: a gradient that is NaN stays with its own rows.
-    return x_grad.copy_(torch.where(has_gradient, gathered, 0))
+    return x_grad.copy_(torch.where((segment < starts.shape[0])[:, None], shares[known], 0))
 
 
 @_segment_pool_backward.register_fake
