@@ -23,7 +23,15 @@ __all__ = ["launch_decoder", "launch_decoder_backward", "launch_encoder", "launc
 TILE = 2048
 """Elements of a patch's vectors in one program: 16 a thread for each of the up to four such tiles."""
 BYTES = 64
-"""Bytes of a program of the decoder's forward."""
+BYTES_TILE = 4096
+"""Most bytes of a program of the decoder's forward, and most elements; more spill at 128 channels."""
+
+
+def bytes_tile(q: Tensor) -> dict[str, int]:
+    """Constants of the decoder's forward."""
+    d = triton.next_power_of_2(q.shape[2])
+    room = BYTES_TILE // (4 if q.dtype == torch.float64 else 1)
+    return {"HEAD": q.shape[2], "BYTES": min(BYTES, max(16, room // d)), "D": d}
 
 
 @triton.jit
@@ -237,11 +245,12 @@ def launch_encoder_backward(
 def launch_decoder(
     out: Tensor, lse: Tensor, vectors: int, q: Tensor, k: Tensor, v: Tensor, patch_ids: Tensor
 ) -> None:
-    T, H, channels = q.shape
+    T, H, _ = q.shape
+    tile = bytes_tile(q)
     with torch.cuda.device_of(q):
-        decoder_kernel[(triton.cdiv(T, BYTES), H)](
+        decoder_kernel[(triton.cdiv(T, tile["BYTES"]), H)](
             q, k, v, patch_ids, out, lse, T, k.shape[0] // vectors, H,
-            HEAD=channels, VECTORS=vectors, BYTES=BYTES, D=triton.next_power_of_2(channels), WIDE=_wide(q),
+            **tile, VECTORS=vectors, WIDE=_wide(q),
         )  # fmt: skip
 
 

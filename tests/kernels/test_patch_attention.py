@@ -387,7 +387,9 @@ def test_block_masks_of_any_intervals(data: st.DataObject) -> None:
     from torch.nn.attention.flex_attention import create_block_mask
 
     keys = data.draw(st.integers(1, 40))
-    bounds = st.tuples(st.integers(0, keys), st.integers(0, keys))
+    wide = st.tuples(st.sampled_from([0, keys // 4]), st.sampled_from([keys, keys - keys // 4]))
+    anything = st.tuples(st.integers(0, keys), st.integers(0, keys))
+    bounds = data.draw(st.sampled_from([wide, wide | anything, anything]))
     intervals = data.draw(st.lists(bounds, min_size=1, max_size=20))
     first, end = (torch.tensor(side).int() for side in zip(*intervals, strict=True))
     found = patch_block_mask(first, end, keys, block=4)
@@ -396,6 +398,14 @@ def test_block_masks_of_any_intervals(data: st.DataObject) -> None:
     )
     for one, other in zip(blocks_of(found), blocks_of(expected), strict=True):
         assert torch.equal(one, other)
+
+
+def test_full_blocks_are_those_that_all_queries_see_whole() -> None:
+    first = torch.tensor([0, 0, 0, 0, 4, 4, 3, 4, 0])
+    end = torch.tensor([8, 8, 9, 8, 12, 12, 12, 11, 12])
+    partial, full = blocks_of(patch_block_mask(first, end, 12, block=4))
+    assert full.tolist() == [[True, True, False], [False, True, False], [False, False, False]]
+    assert partial.tolist() == [[False, False, True], [True, False, True], [True, True, True]]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -580,6 +590,26 @@ def test_the_kernels_compile_without_spills_or_atomics() -> None:
         assert built.spill_bytes == 0
         assert built.registers <= 168
         assert built.count("RED.") == built.count("ATOM") == 0
+
+
+@needs_sm90_tools
+def test_wide_heads_of_the_decoder_compile_without_spills() -> None:
+    from weft.kernels.entropy_patching.patch_attention_triton import bytes_tile
+
+    names = ("p_q", "p_k", "p_v", "p_out")
+    types = {
+        **dict.fromkeys(names, "*bf16"),
+        "p_patch": "*i32",
+        "p_lse": "*fp32",
+        **dict.fromkeys("TPH", "i32"),
+    }
+    tile = bytes_tile(torch.empty(1, 1, 128, dtype=torch.bfloat16))
+    built = compile_sm90(
+        "weft.kernels.entropy_patching.patch_attention_triton", "decoder_kernel", types,
+        {**tile, "VECTORS": 2, "WIDE": "tl.float32"}, divisible_by_16=(*names, "H"), num_warps=4,
+    )  # fmt: skip
+    assert built.spill_bytes == 0
+    assert built.registers <= 168
 
 
 def test_scores_are_divided_by_the_root_of_the_width() -> None:
