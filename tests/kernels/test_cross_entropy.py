@@ -281,6 +281,20 @@ def test_autocast_multiplies_in_16_bits_and_keeps_fp32_gradients(chunk_tokens: i
 
 
 @pytest.mark.parametrize("face", ALL_FACES)
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+def test_a_backward_inside_autocast_is_not_narrowed(face: str, chunk_tokens: int | None) -> None:
+    hidden, weight, targets = _problem(11, 6, 9)
+    grads = []
+    with on_face(face) as device:
+        for is_inside in (False, True):
+            leaves = [x.clone().to(device).requires_grad_() for x in (hidden, weight)]
+            sums = linear_cross_entropy(*leaves, targets.to(device), chunk_tokens)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_inside):
+                grads.append(torch.autograd.grad(sum(sums), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("face", ALL_FACES)
 def test_frozen_inputs_get_no_gradient(face: str) -> None:
     for chunk_tokens in (None, 2):
         for frozen in (0, 1):

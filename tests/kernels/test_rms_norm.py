@@ -399,7 +399,7 @@ def test_argument_errors(message: str, arguments: dict[str, Tensor]) -> None:
 
 
 @needs_sm90_tools
-@pytest.mark.parametrize("channels", [64, 2048, 8192, 16384])
+@pytest.mark.parametrize("channels", [64, 8192, 16384])
 @pytest.mark.parametrize("kernel", ["forward_kernel", "backward_kernel"])
 def test_machine_code_of_sm90(kernel: str, channels: int) -> None:
     from weft.kernels.rms_norm import triton as kernels
