@@ -1,0 +1,7 @@
+"""The selective scan S6 of Mamba: `op` has the public function, `reference` the definition."""
+
+from .chunks import chunk_decay, combine_states
+from .op import selective_scan
+from .step import selective_scan_step
+
+__all__ = ["chunk_decay", "combine_states", "selective_scan", "selective_scan_step"]
