@@ -278,10 +278,11 @@ def _backward_op(
             found = backward_cpu(inputs, states, grad_out, grad_final)
         else:
             found = backward_reference(inputs, states, grad_out, grad_final)
-    # Absent inputs have empty gradients: an op's results are tensors.
-    none = inputs.empty((0,))
+    # Absent inputs have empty gradients: an op's results are tensors, and none of them another.
     return [
-        none if tensor is None or gradient is None else gradient.to(tensor.dtype).contiguous()
+        inputs.empty((0,))
+        if tensor is None or gradient is None
+        else gradient.to(tensor.dtype).contiguous()
         for tensor, gradient in zip((*inputs.differentiable, states), found, strict=True)
     ]
 

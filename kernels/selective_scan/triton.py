@@ -73,9 +73,7 @@ class _Launch:
         self.starts = None
         if inputs.starts is not None:
             self.starts = inputs.starts.contiguous().view(torch.int8)
-        self.uses_ptx = (
-            not is_interpreted() and torch.version.hip is None and wide == torch.float32
-        )
+        self.uses_ptx = not is_interpreted() and torch.version.hip is None and wide == torch.float32
         z_strides = (0, 0) if self.z is None else self.z.stride()[:2]
         self.strides = (*self.u.stride()[:2], *self.delta.stride()[:2], *z_strides, self.padded)
         self.shared: dict[str, Any] = {
@@ -265,9 +263,7 @@ def backward_triton(
             **launch.shared,
         )
         # (B, L, G, N): blocks of a group are added in their order.
-        dB, dC = (
-            sums[:, :, i].sum(1)[..., :length].permute(1, 3, 0, 2) for i in range(2)
-        )
+        dB, dC = (sums[:, :, i].sum(1)[..., :length].permute(1, 3, 0, 2) for i in range(2))
         return Gradients(
             u=du,
             delta=ddelta,

@@ -300,9 +300,15 @@ def forward_kernel(
         for t in tl.static_range(T):
             y = ys[t]
             if p_z is not None:
-                z = _row(p_z + i_b * s_z_b + o_g + o_t * s_z_t, t, s_z_t, i_d, group_channels, count, ACC)
+                z = _row(
+                    p_z + i_b * s_z_b + o_g + o_t * s_z_t, t, s_z_t, i_d, group_channels, count, ACC
+                )
                 y *= z * _sigmoid(z)
-            tl.store(p_out + o_t * channels + t * channels + i_d, y, mask=_where(t < count, i_d, group_channels))
+            tl.store(
+                p_out + o_t * channels + t * channels + i_d,
+                y,
+                mask=_where(t < count, i_d, group_channels),
+            )
 
 
 @triton.jit(do_not_specialize=["length", "segment_chunks", "segments"])
@@ -466,7 +472,9 @@ def combine_kernel(
     for j in range(segments):
         s = (segments - 1 - j) if REVERSE else j
         o = (i_b * segments + s) * size + i
-        tl.store(p_out + i_b * s_out_b + tl.cast(s * segment_slots, tl.int64) * size + i, state, mask=m)
+        tl.store(
+            p_out + i_b * s_out_b + tl.cast(s * segment_slots, tl.int64) * size + i, state, mask=m
+        )
         decay = tl.load(p_decay + o, mask=m, other=0.0)
         passed = tl.where(decay == 0.0, 0.0, decay * state)
         state = passed + tl.load(p_local + o, mask=m, other=0.0)
@@ -745,7 +753,9 @@ def backward_kernel(
             dts, xs, us = _chunk(p_u + o_t * s_u_t, s_u_t, p_delta + o_t * s_delta_t, s_delta_t, bias, i_d, group_channels, count, T, SOFTPLUS, TERMS, ACC)  # fmt: skip
             o_out = (i_b * length + o_t) * channels + o_g
             o_z = i_b * s_z_b + o_g + o_t * s_z_t
-            dys = _gate_rows(p_dout + o_out, channels, p_z, o_z, s_z_t, i_d, group_channels, count, T, ACC)
+            dys = _gate_rows(
+                p_dout + o_out, channels, p_z, o_z, s_z_t, i_d, group_channels, count, T, ACC
+            )
             bits = 0
             if HAS_STARTS:
                 bits = _first_tokens(p_starts + i_b * length + o_t, count, T)
@@ -763,7 +773,10 @@ def backward_kernel(
                 rs, es, ys = _gradients(rs, es, ys, dts, xs, dys, bits, p_A, p_B + o_t, p_C + o_t, p_h, p_q, p_dA, p_sums + o_t, s_which, o_lane, m_lane, i_d, m_d, group_channels, s_m, N, T, False, NEEDS_Y, ASM, CONSTRAINTS, PACK, USES_PTX)  # fmt: skip
             for t in tl.static_range(T):
                 u = _row(p_u + o_t * s_u_t, t, s_u_t, i_d, group_channels, count, ACC)
-                raw = _row(p_delta + o_t * s_delta_t, t, s_delta_t, i_d, group_channels, count, ACC) + bias
+                raw = (
+                    _row(p_delta + o_t * s_delta_t, t, s_delta_t, i_d, group_channels, count, ACC)
+                    + bias
+                )
                 m = _where(t < count, i_d, group_channels)
                 o = o_out + t * channels + i_d
                 tl.store(p_du + o, skip * dys[t] + dts[t] * rs[t], mask=m)
