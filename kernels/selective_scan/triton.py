@@ -45,6 +45,8 @@ PROGRAMS = 512
 SEGMENT_CHUNKS = 8
 """... into segments of no fewer chunks than this: each costs its positions' exponentials again."""
 COMBINE_BLOCK = 128
+MAX_GRID = 65535
+"""CUDA's limit for the outer dimensions of a launch."""
 
 
 class _Launch:
@@ -55,6 +57,10 @@ class _Launch:
         self.batch, self.length, self.channels = inputs.u.shape
         self.groups, self.states = inputs.B.shape[2:]
         self.group_channels = self.channels // self.groups
+        if self.batch * self.groups > MAX_GRID:
+            raise ValueError(
+                f"u has {self.batch} rows of {self.groups} groups, the GPU takes at most {MAX_GRID} groups in all"
+            )
         self.blocks = triton.cdiv(self.group_channels, config.block)
         self.chunks = triton.cdiv(self.length, SPACING)
         programs = self.batch * self.groups * self.blocks
@@ -154,8 +160,11 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _config(table: dict[str, Config], inputs: ScanInputs) -> Config:
-    is_many = inputs.u.shape[0] * inputs.u.shape[2] >= MANY and inputs.group_channels >= 64
-    return table["many" if is_many else "few"]
+    # Two channels a thread only where both lie in one aligned load. Elsewhere the loads and stores of a state may be
+    # given to different threads, and a state must stay with its own.
+    is_aligned = inputs.group_channels >= 64 and inputs.group_channels % 16 == 0
+    is_many = inputs.u.shape[0] * inputs.u.shape[2] >= MANY
+    return table["many" if is_many and is_aligned else "few"]
 
 
 def forward_triton(

@@ -288,7 +288,7 @@ def test_wide_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from weft.kernels.selective_scan import triton
 
     monkeypatch.setattr(triton, "MANY", 0)
-    tensors = make(1, 3, 70, 1)
+    tensors = make(1, 3, 80, 1)
     found = run("triton", tensors, delta_softplus=True)
     assert_same(found, expected(tensors, None, True), 1e-12)
 
@@ -486,20 +486,33 @@ def test_opcheck(face: str, absent: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("face", ["cpu", "reference"])
-def test_compiles_whole(face: str) -> None:
+@pytest.mark.parametrize("documents", ["position_ids", "cu_seqlens", None])
+def test_compiles_whole(face: str, documents: str | None) -> None:
     tensors = make(2, 20, 3, 2, dtype=torch.float32)
-    ids = positions(2, 20)
+    borders = torch.tensor([0, 7, 20, 21, 40], dtype=torch.int32)
+    known = {"position_ids": positions(2, 20), "cu_seqlens": borders, None: None}
+    options = {} if documents is None else {documents: known[documents]}
 
     def scan(**given: Tensor) -> Any:
-        return selective_scan(
-            **given, delta_softplus=True, position_ids=ids, return_final_state=True
-        )
+        return selective_scan(**given, **options, delta_softplus=True, return_final_state=True)
 
     torch.compiler.reset()
     with use_kernels(face):
         eager = results(scan, tensors, torch.device("cpu"))
         compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
         assert_same(results(compiled, tensors, torch.device("cpu")), eager, 1e-6)
+
+
+@needs_triton
+def test_too_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from weft.kernels.selective_scan import triton
+
+    monkeypatch.setattr(triton, "MAX_GRID", 1)
+    with (
+        on_face("triton") as device,
+        pytest.raises(ValueError, match="u has 2 rows of 1 groups, the GPU takes at most 1"),
+    ):
+        selective_scan(**{k: x.to(device) for k, x in make(2, 1, 1, 1).items()})
 
 
 def test_face_is_picked_when_it_runs() -> None:
