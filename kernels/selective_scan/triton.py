@@ -37,9 +37,11 @@ class Config(NamedTuple):
 
 FORWARD_CONFIGS = {"few": Config(block=32, rows=SPACING), "many": Config(block=64, rows=SPACING)}
 BACKWARD_CONFIGS = {"few": Config(block=32, rows=8), "many": Config(block=64, rows=8)}
-"""By rows times channels: `many` from MANY on. A forward chunk is the spacing of the kept states."""
+"""By rows times channels: `many` from MANY_* on. A forward chunk is the spacing of the kept states."""
 
-MANY = 1 << 16
+MANY_FORWARD = 1 << 16
+MANY_BACKWARD = 1 << 15
+"""Sooner: there two channels a thread halve the price of the sums over channels."""
 PROGRAMS = 512
 """L is cut while a launch has fewer programs: one a scheduler of an H100 or H200 has ..."""
 SEGMENT_CHUNKS = 8
@@ -159,11 +161,11 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
 
 
-def _config(table: dict[str, Config], inputs: ScanInputs) -> Config:
+def _config(table: dict[str, Config], many: int, inputs: ScanInputs) -> Config:
     # Two channels a thread only where both lie in one aligned load. Elsewhere the loads and stores of a state may be
     # given to different threads, and a state must stay with its own.
     is_aligned = inputs.group_channels >= 64 and inputs.group_channels % 16 == 0
-    is_many = inputs.u.shape[0] * inputs.u.shape[2] >= MANY
+    is_many = inputs.u.shape[0] * inputs.u.shape[2] >= many
     return table["many" if is_many and is_aligned else "few"]
 
 
@@ -173,7 +175,7 @@ def forward_triton(
     """(out, final state (B, D, N), kept states or None)."""
     u = inputs.u
     with _on(u):
-        launch = _Launch(inputs, _config(FORWARD_CONFIGS, inputs))
+        launch = _Launch(inputs, _config(FORWARD_CONFIGS, MANY_FORWARD, inputs))
         out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         states = kept_states(inputs, initial_state, every=keep_states)
         if launch.segments > 1:
@@ -211,7 +213,7 @@ def backward_triton(
 ) -> Gradients:
     u = inputs.u
     with _on(u):
-        launch = _Launch(inputs, _config(BACKWARD_CONFIGS, inputs))
+        launch = _Launch(inputs, _config(BACKWARD_CONFIGS, MANY_BACKWARD, inputs))
         batch, length, groups = launch.batch, launch.length, launch.groups
         q = launch.part()
         start = inputs.zeros((batch, groups, launch.states, launch.group_channels))

@@ -13,8 +13,9 @@ is also what the backward starts from. Traps:
 - Everything is converted on load: the interpreter computes with the bits of a bf16, not with its value.
 """
 
-# ruff: noqa: RUF005 - Triton has no unpacking into tuples.
-# mypy: ignore-errors - a kernel is a language of its own: tuples grow, pointers move, None is a type.
+# A language of its own: tuples grow, a pointer moves, None is a type; nothing unpacks into a tuple.
+# ruff: noqa: RUF005
+# mypy: ignore-errors
 from __future__ import annotations
 
 import triton

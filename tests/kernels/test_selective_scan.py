@@ -287,7 +287,8 @@ def test_wide_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The configuration of many channels, with a block that is not full."""
     from weft.kernels.selective_scan import triton
 
-    monkeypatch.setattr(triton, "MANY", 0)
+    monkeypatch.setattr(triton, "MANY_FORWARD", 0)
+    monkeypatch.setattr(triton, "MANY_BACKWARD", 0)
     tensors = make(1, 3, 80, 1)
     found = run("triton", tensors, delta_softplus=True)
     assert_same(found, expected(tensors, None, True), 1e-12)
