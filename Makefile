@@ -9,13 +9,14 @@ FLOORS := kernels models trainer launch
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help install dev quickstart test lint format types docs clean
+.PHONY: help install dev quickstart test gpu-check lint format types docs clean
 
 help:
 	@echo "make quickstart   install, then train a real model on this machine in minutes"
 	@echo "make install      weft and what it needs, in $(VENV)"
 	@echo "make dev          the same, with what the tests need"
 	@echo "make test         all tests"
+	@echo "make gpu-check    the kernels on this GPU: tests, accuracy, speed against peers; needs only torch and pytest"
 	@echo "make lint         ruff: rules and format;  make format mends what it can"
 	@echo "make types        mypy over the whole tree"
 	@echo "make docs         rewrite the generated tables in docs/"
@@ -31,6 +32,18 @@ quickstart: install
 test: dev
 	$(BIN)/python -m pytest -n $(WORKERS)
 
+# From a bare checkout, with the machine's own torch: results in GPU_OUT as kernels.json and kernels.md. Tests that
+# compile for a GPU without one are left to `make test`.
+GPU_PYTHON ?= python3
+GPU_OUT ?= build/gpu-check
+gpu-check: links
+	@$(GPU_PYTHON) -c 'import torch; torch.empty(1, device="cuda")' 2>/dev/null || { echo "make gpu-check: $(GPU_PYTHON) sees no CUDA device through torch; set GPU_PYTHON, or let make test run the kernels in the interpreter"; exit 2; }
+	@mkdir -p $(GPU_OUT)
+	@failed=0; export PYTHONPATH=$(abspath build/types); \
+	timeout 240 $(GPU_PYTHON) -m pytest tests/kernels -k "not sm90" -q -p no:cacheprovider --maxfail 30 || failed=$$?; \
+	timeout 220 $(GPU_PYTHON) -m weft bench kernels --device cuda --json $(GPU_OUT)/kernels.json --markdown $(GPU_OUT)/kernels.md || failed=$$?; \
+	exit $$failed
+
 lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,11 +52,13 @@ format: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Relative imports only resolve below a folder called weft, so the type checker gets one made of links.
-types: dev
-	mkdir -p build/types/weft
-	for floor in $(FLOORS); do ln -sfn ../../../$$floor build/types/weft/$$floor; done
-	ln -sfn ../../../launch/weft/__init__.py build/types/weft/__init__.py
+# A folder called weft made of links: what relative imports resolve in where nothing is installed.
+links:
+	@mkdir -p build/types/weft
+	@for floor in $(FLOORS); do ln -sfn ../../../$$floor build/types/weft/$$floor; done
+	@for file in __init__ __main__; do ln -sfn ../../../launch/weft/$$file.py build/types/weft/$$file.py; done
+
+types: dev links
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml weft
 
 docs: install

@@ -1,27 +1,86 @@
-"""Tensors in, tensors out: the operations the models are made of."""
+"""Tensors in, tensors out: the operations the models are made of.
 
+Each op has a definition in plain PyTorch, a fast path on the CPU and Triton kernels; `use_kernels` chooses.
+"""
+
+from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .cross_entropy import IGNORED, cross_entropy_sums, linear_cross_entropy
+from .entropy_patching import (
+    Patches,
+    check_patches,
+    decoder_block_mask,
+    encoder_block_mask,
+    flex_patch_attention,
+    linear_entropy,
+    patch_block_mask,
+    patch_boundaries,
+    patch_decoder_attention,
+    patch_encoder_attention,
+    segment_pool,
+    token_entropy,
+)
+from .faces import use_kernels
 from .lookup_sum import lookup_sum
+from .modality_routing import (
+    MixedLayout,
+    Routing,
+    mixed_attention,
+    qk_norm_rope_unpermute,
+    route_by_modality,
+    routed_attention,
+    routed_linear,
+    routed_linear_unsorted,
+    routed_rms_norm,
+)
 from .ngram_hash import HASH_PRIMES, following_windows, ngram_hash, packed_windows
 from .packed_attention import PackedLayout, attention_problem, packed_attention
 from .rms_norm import rms_norm
 from .rotary import RotaryTable, apply_rotary, rotary_frequencies, rotary_table
+from .selective_scan import chunk_decay, combine_states, selective_scan, selective_scan_step
 
 __all__ = [
     "HASH_PRIMES",
     "IGNORED",
+    "MixedLayout",
     "PackedLayout",
+    "Patches",
     "RotaryTable",
+    "Routing",
     "apply_rotary",
     "attention_problem",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "check_patches",
+    "chunk_decay",
+    "combine_states",
     "cross_entropy_sums",
+    "decoder_block_mask",
+    "encoder_block_mask",
+    "flex_patch_attention",
     "following_windows",
     "linear_cross_entropy",
+    "linear_entropy",
     "lookup_sum",
+    "mixed_attention",
     "ngram_hash",
     "packed_attention",
     "packed_windows",
+    "patch_block_mask",
+    "patch_boundaries",
+    "patch_decoder_attention",
+    "patch_encoder_attention",
+    "qk_norm_rope_unpermute",
     "rms_norm",
     "rotary_frequencies",
     "rotary_table",
+    "route_by_modality",
+    "routed_attention",
+    "routed_linear",
+    "routed_linear_unsorted",
+    "routed_rms_norm",
+    "segment_pool",
+    "selective_scan",
+    "selective_scan_step",
+    "token_entropy",
+    "use_kernels",
 ]

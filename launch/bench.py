@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .bench_kernels import kernels_command
 from .options import load_recipe, print_table
 
 if TYPE_CHECKING:
@@ -24,12 +25,16 @@ EXAMPLES = """\b
 Examples:
   weft bench train
   weft bench train olmo2/debug --steps 20 --json bench.json
+  weft bench kernels --op selective_scan
 """
 
 
 @click.group(epilog=EXAMPLES)
 def command() -> None:
     """Measure Weft on this machine against its peers."""
+
+
+command.add_command(kernels_command)
 
 
 @command.command("train", epilog="\b\nExample:\n  weft bench train olmo2/quickstart --steps 8")

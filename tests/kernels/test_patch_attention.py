@@ -561,7 +561,7 @@ def test_argument_errors(call: Callable[[], object], message: str) -> None:
 
 
 @needs_sm90_tools
-def test_the_kernels_compile_without_spills_or_atomics() -> None:
+def test_on_sm90_the_kernels_neither_spill_nor_use_atomics() -> None:
     from weft.kernels.entropy_patching.patch_attention_triton import patch_tiles
 
     _, constants = patch_tiles(2, 16, 64)
@@ -593,7 +593,7 @@ def test_the_kernels_compile_without_spills_or_atomics() -> None:
 
 
 @needs_sm90_tools
-def test_wide_heads_of_the_decoder_compile_without_spills() -> None:
+def test_on_sm90_wide_heads_of_the_decoder_do_not_spill() -> None:
     from weft.kernels.entropy_patching.patch_attention_triton import bytes_tile
 
     names = ("p_q", "p_k", "p_v", "p_out")

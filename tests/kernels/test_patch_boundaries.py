@@ -582,7 +582,7 @@ def test_random_patches_has_padding() -> None:
 
 @needs_sm90_tools
 @pytest.mark.parametrize("scheme", ["both"])
-def test_the_kernels_compile_without_spills_or_atomics(scheme: str) -> None:
+def test_on_sm90_the_kernels_neither_spill_nor_use_atomics(scheme: str) -> None:
     shared = {
         **dict.fromkeys(("T", "BLOCKS", "stride", "max_length", "forced_starts", "byte_offset"), "i32"),
         "p_position": "*i64", "p_entropy": "*fp32", "p_tokens": "*i64", "p_summary": "*i32",

@@ -292,7 +292,7 @@ def test_argument_errors(arguments: tuple[Any, ...], message: str) -> None:
 
 
 @needs_sm90_tools
-def test_the_kernels_compile_without_spills_or_atomics() -> None:
+def test_on_sm90_the_kernels_neither_spill_nor_use_atomics() -> None:
     module = "weft.kernels.entropy_patching.segment_pool_triton"
     shared = {"IS_MAX": True, "CHANNELS": 1024, "WIDE": "tl.float32"}
     forward = {

@@ -310,7 +310,7 @@ KERNELS = "weft.kernels.entropy_patching.token_entropy_triton"
 
 
 @needs_sm90_tools
-def test_the_head_compiles_to_tensor_cores_without_spills() -> None:
+def test_on_sm90_the_head_uses_tensor_cores_and_does_not_spill() -> None:
     from weft.kernels.entropy_patching.token_entropy_triton import head_tiles
 
     _, constants = head_tiles(260, is_narrow=True)
@@ -338,7 +338,7 @@ def test_the_head_compiles_to_tensor_cores_without_spills() -> None:
 
 @needs_sm90_tools
 @pytest.mark.parametrize("kernel", ["token_entropy_kernel", "token_entropy_backward_kernel"])
-def test_logit_kernels_compile_without_spills_or_atomics(kernel: str) -> None:
+def test_on_sm90_logit_kernels_neither_spill_nor_use_atomics(kernel: str) -> None:
     names = ["p_grad", "p_x", "p_entropy", "p_peak", "p_log_total", "p_dx"]
     if kernel == "token_entropy_kernel":
         names = names[1:5]

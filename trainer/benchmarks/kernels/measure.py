@@ -223,6 +223,7 @@ def _to_double(value: Any) -> Any:
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach(), expected.detach()
     size = expected.double().norm()
     difference = (found.double() - expected.double()).norm()
     return float(difference / size) if size > 0 else float(difference)
