@@ -17,13 +17,8 @@ from torch import Tensor
 
 from ..faces import is_interpreted
 from .reference import SPACING, Gradients, ScanInputs, channels_last, kept_states
-from .triton_kernels import (
-    backward_kernel,
-    combine_kernel,
-    forward_kernel,
-    local_kernel,
-    reduction_asm,
-)
+from .triton_backward import backward_kernel, reduction_asm
+from .triton_forward import combine_kernel, forward_kernel, local_kernel
 
 __all__ = ["BACKWARD_CONFIGS", "FORWARD_CONFIGS", "backward_triton", "forward_triton"]
 

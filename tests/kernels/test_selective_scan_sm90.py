@@ -15,9 +15,9 @@ if not has_triton():
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from weft.kernels.selective_scan.triton import BACKWARD_CONFIGS, FORWARD_CONFIGS, Config
-from weft.kernels.selective_scan.triton_kernels import reduction_asm
+from weft.kernels.selective_scan.triton_backward import reduction_asm
 
-MODULE = "weft.kernels.selective_scan.triton_kernels"
+PACKAGE = "weft.kernels.selective_scan"
 STATES = 16
 WIDE = "*fp32"
 STRIDES = ("s_u_b", "s_u_t", "s_delta_b", "s_delta_t", "s_z_b", "s_z_t", "s_m")
@@ -44,7 +44,8 @@ def compile_scan(
         aligned.remove("p_starts")
         constants["p_starts"] = None
     types |= dict.fromkeys((*STRIDES, *sizes), "i32")
-    return compile_sm90(MODULE, kernel, types, constants, divisible_by_16=aligned)
+    module = "triton_backward" if kernel == "backward_kernel" else "triton_forward"
+    return compile_sm90(f"{PACKAGE}.{module}", kernel, types, constants, divisible_by_16=aligned)
 
 
 def compile_forward(config: Config, has_starts: bool, is_divisible: bool = True) -> Sm90:
