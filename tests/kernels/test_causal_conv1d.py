@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -176,7 +177,9 @@ def test_definition_passes_gradcheck() -> None:
             assert torch.autograd.gradcheck(call, (x, weight, bias, state))
 
 
-def test_transformers_mamba_convolution() -> None:
+def test_transformers_mamba_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In the root of a checkout transformers would take the folder `kernels` for a package of that name, and run it.
+    monkeypatch.setitem(sys.modules, "kernels", None)
     mamba = pytest.importorskip("transformers.models.mamba.modeling_mamba")
     config = mamba.MambaConfig(hidden_size=8, expand=2, conv_kernel=4, num_hidden_layers=1)
     mixer = mamba.MambaMixer(config, layer_idx=0)
@@ -491,7 +494,7 @@ def test_step_argument_errors(message: str, arguments: dict[str, object]) -> Non
 
 
 def test_without_triton_the_choice_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr("weft.kernels.faces.is_interpreted", lambda: False)
     if DEVICE.type == "cpu":
         with on_face("triton"), pytest.raises(RuntimeError, match="Triton runs on CUDA tensors"):
             causal_conv1d(X, WEIGHT)
