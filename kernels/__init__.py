@@ -3,6 +3,10 @@
 Each op has a definition in plain PyTorch, a fast path on the CPU and Triton kernels; `use_kernels` chooses.
 """
 
+import importlib.util
+import sys
+from pathlib import Path
+
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .cross_entropy import IGNORED, cross_entropy_sums, linear_cross_entropy
 from .entropy_patching import (
@@ -84,3 +88,17 @@ __all__ = [
     "token_entropy",
     "use_kernels",
 ]
+
+
+def _hide_from_others() -> None:
+    """Keep others from importing this folder as `kernels`, the name of a package that transformers looks for.
+
+    With a checkout's root on the path it would run every module a second time, and register every op anew.
+    """
+    if __name__ != "kernels" and "kernels" not in sys.modules:
+        found = importlib.util.find_spec("kernels")
+        if found is not None and found.origin and Path(found.origin).samefile(__file__):
+            sys.modules["kernels"] = None  # type: ignore[assignment]
+
+
+_hide_from_others()

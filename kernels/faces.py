@@ -25,6 +25,7 @@ __all__ = [
     "is_interpreted",
     "pick_face",
     "use_kernels",
+    "wanted_face",
     "wide_dtype",
 ]
 
@@ -59,8 +60,7 @@ def pick_face(tensor: Tensor) -> Face:
         ValueError: `WEFT_KERNELS` is not a face.
         RuntimeError: Triton was asked for and cannot run here.
     """
-    wanted = _forced[-1] if _forced else os.environ.get("WEFT_KERNELS", "auto")
-    _check(wanted, "WEFT_KERNELS")
+    wanted = wanted_face()
     on_gpu = tensor.is_cuda
     if wanted == "auto":
         return ("triton" if has_triton() else "reference") if on_gpu else "cpu"
@@ -71,6 +71,17 @@ def pick_face(tensor: Tensor) -> Face:
         )
     # The fast CPU path is plain torch and so runs anywhere; the definition and it are always at hand.
     return wanted  # type: ignore[return-value]
+
+
+def wanted_face() -> str:
+    """What was asked for, by `use_kernels` or `WEFT_KERNELS`; `auto` where nothing was.
+
+    Raises:
+        ValueError: `WEFT_KERNELS` is not a face.
+    """
+    wanted = _forced[-1] if _forced else os.environ.get("WEFT_KERNELS", "auto")
+    _check(wanted, "WEFT_KERNELS")
+    return wanted
 
 
 def is_interpreted() -> bool:

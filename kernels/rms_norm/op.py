@@ -14,15 +14,13 @@ Source: Zhang and Sennrich, arXiv 1910.07467, equation 4, with epsilon inside th
 
 from __future__ import annotations
 
-import os
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import faces
-from ..checks import check_dtype, check_same_device, check_shape
+from ..faces import pick_face, wanted_face
 from . import reference
 from .reference import rms_norm_reference, statistics_dtype, sum_dtype
 
@@ -51,7 +49,7 @@ def _norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, the sum (empty without residual), and 1 / rms of each row, (..., 1)."""
     path: Any = reference
-    if x.numel() and faces.pick_face(x) == "triton":
+    if x.numel() and pick_face(x) == "triton":
         from . import triton
 
         path = triton
@@ -83,7 +81,7 @@ def _norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of what was normalised, of weight, and of gate (empty without one)."""
     path: Any = reference
-    if total.numel() and faces.pick_face(total) == "triton":
+    if total.numel() and pick_face(total) == "triton":
         from . import triton
 
         path = triton
@@ -184,7 +182,7 @@ def rms_norm(
 
 def _plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     is_compiling = torch.compiler.is_compiling()
-    asked = "auto" if is_compiling else _asked_face()
+    asked = "auto" if is_compiling else wanted_face()
     if asked == "triton":
         return torch.ops.weft.rms_norm(x, weight, None, None, eps)[0]
     if x.is_cuda and x.dtype == weight.dtype and asked != "reference":
@@ -193,23 +191,3 @@ def _plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if is_compiling or asked == "reference":
         return rms_norm_reference(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
-
-
-def _asked_face() -> str:
-    """What `use_kernels` or WEFT_KERNELS asks for; `pick_face` alone cannot tell it from a default."""
-    return faces._forced[-1] if faces._forced else os.environ.get("WEFT_KERNELS", "auto")
-
-
-def _check_arguments(
-    x: Tensor, weight: Tensor, residual: Tensor | None, gate: Tensor | None
-) -> None:
-    if x.dim() == 0:
-        raise ValueError("x has no dimensions, expected (..., D)")
-    check_dtype("x", x)
-    check_shape("weight", weight, (x.shape[-1],))
-    check_dtype("weight", weight)
-    for name, tensor in (("residual", residual), ("gate", gate)):
-        if tensor is not None:
-            check_shape(name, tensor, x.shape)
-            check_dtype(name, tensor)
-    check_same_device(x=x, weight=weight, residual=residual, gate=gate)

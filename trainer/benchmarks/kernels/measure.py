@@ -51,7 +51,7 @@ def measure_case(case: Case, device: torch.device, copy_speed: float) -> list[di
     records: list[dict[str, Any]] = []
     ours = _both_passes(case, case.ours, sets, device)
     for name, seconds in ours.items():
-        record = {"op": case.op, "size": case.size, "pass": name, "side": "weft"}
+        record: dict[str, Any] = {"op": case.op, "size": case.size, "pass": name, "side": "weft"}
         record |= {"seconds": seconds, "error": error}
         count = case.forward_bytes if name == "forward" else case.backward_bytes
         if count is not None:

@@ -214,7 +214,9 @@ def _attention(total: int, heads: int, width: int) -> Case:
 
     def ours(i: Inputs) -> Tensor:
         return routed_attention(
-            *(i[n] for n in ("q", "k", "v")),
+            i["q"],
+            i["k"],
+            i["v"],
             i["routing"],
             i["layout"],
             table=table(i),
@@ -236,7 +238,8 @@ def _attention(total: int, heads: int, width: int) -> Case:
             for m, weight in enumerate(i[f"{name}_weights"]):
                 out[rows == m] = rms_norm(x[rows == m], weight.shape, weight, EPS)
             turned.append(apply_rotary(out[routing.inverse], table(i)))
-        attended = mixed_attention(*turned, i["v"][routing.inverse], i["layout"])
+        q, k = turned
+        attended = mixed_attention(q, k, i["v"][routing.inverse], i["layout"])
         return attended[routing.order]
 
     return Case(

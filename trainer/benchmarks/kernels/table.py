@@ -59,8 +59,9 @@ def table_rows(records: Iterable[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for key, record in ours.items():
         left = _our_columns(record)
-        for peer in peers.get(key) or [None]:
-            rows.append([*left, *_peer_columns(peer)])
+        beside = [_peer_columns(peer) for peer in peers.get(key, [])]
+        for right in beside or [[""] * 3]:
+            rows.append([*left, *right])
             left = [""] * len(left)
     return rows
 
@@ -80,9 +81,7 @@ def _our_columns(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _peer_columns(record: dict[str, Any] | None) -> list[str]:
-    if record is None:
-        return ["", "", ""]
+def _peer_columns(record: dict[str, Any]) -> list[str]:
     if "problem" in record:
         return [record["side"], record["problem"], ""]
     return [record["side"], f"{record['seconds'] * 1e3:.3g}", f"{record['ratio']:.2f}x"]
