@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..checks import check_dtype, check_same_device, check_shape
 from ..faces import pick_face, wanted_face
 from . import reference
 from .reference import rms_norm_reference, statistics_dtype, sum_dtype
@@ -191,3 +192,18 @@ def _plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if is_compiling or asked == "reference":
         return rms_norm_reference(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
+
+
+def _check_arguments(
+    x: Tensor, weight: Tensor, residual: Tensor | None, gate: Tensor | None
+) -> None:
+    if x.dim() == 0:
+        raise ValueError("x has no dimensions, expected (..., D)")
+    check_dtype("x", x)
+    check_shape("weight", weight, (x.shape[-1],))
+    check_dtype("weight", weight)
+    for name, tensor in (("residual", residual), ("gate", gate)):
+        if tensor is not None:
+            check_shape(name, tensor, x.shape)
+            check_dtype(name, tensor)
+    check_same_device(x=x, weight=weight, residual=residual, gate=gate)
