@@ -82,3 +82,20 @@ def test_exit_codes_of_the_page_are_those_of_the_code() -> None:
     assert "mend" in rows[str(CheckpointError.exit_code)]
     assert "policy" in rows[str(TrainingError.exit_code)]
     assert "stopped on request" in rows[str(STOPPED_EXIT_CODE)]
+
+
+def test_the_python_of_the_kernels_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "kernels.md").read_text(), re.S)
+    exec(compile(code, "docs/kernels.md", "exec"), {})
+    assert capsys.readouterr().out == "True\n"
+
+
+def test_the_kernels_page_names_every_public_op() -> None:
+    import weft.kernels
+
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    helpers = {"HASH_PRIMES", "IGNORED", "Patches", "RotaryTable", "Routing", "attention_problem"}
+    helpers |= {"following_windows", "packed_windows", "patch_block_mask", "rotary_frequencies"}
+    helpers |= {"rotary_table", "routed_linear_unsorted"}
+    missing = [name for name in set(weft.kernels.__all__) - helpers if name not in page]
+    assert not missing
