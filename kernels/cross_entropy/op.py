@@ -340,7 +340,7 @@ def _keeps_softmax(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     kind = hidden.device.type
     is_double = torch.float64 in (hidden.dtype, weight.dtype)
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and not is_double:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and not is_double:
         return torch.get_autocast_dtype(kind)
     if hidden.dtype != weight.dtype:
         raise ValueError(
