@@ -12,6 +12,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "LaunchError",
+    "RankLostError",
     "TrainingError",
     "WeftError",
 ]
@@ -37,6 +38,12 @@ class CheckpointError(WeftError):
 
 class LaunchError(WeftError):
     """Processes, devices, schedulers or optional packages that are not as they need to be."""
+
+
+class RankLostError(LaunchError):
+    """Another process of the run went away; what ended it stands in that one's own log."""
+
+    exit_code = 4
 
 
 class TrainingError(WeftError):

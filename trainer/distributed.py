@@ -16,9 +16,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..models.errors import LaunchError
+from ..models.errors import LaunchError, RankLostError
+from .slurm import slurm_ranks, slurm_rendezvous
 
-__all__ = ["Topology", "initialise_distributed", "shutdown_distributed"]
+__all__ = ["Topology", "explain_lost_rank", "initialise_distributed", "shutdown_distributed"]
+
+_LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "timed out",
+    "timeout",
+    "gloo/transport",
+)
+"""Words of a collective's error when the other side is gone, not when it was called wrongly."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +101,8 @@ def _launcher_environment() -> tuple[int, int, int, int]:
         if rank >= world:
             raise LaunchError(f"RANK is {rank} but WORLD_SIZE is {world}; ranks count from 0")
         return rank, world, _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", world)
-    if "SLURM_PROCID" in env and _integer("SLURM_NTASKS", 1) > 1:
-        return (
-            _integer("SLURM_PROCID"),
-            _integer("SLURM_NTASKS"),
-            _integer("SLURM_LOCALID", 0),
-            int(env.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]),
-        )
+    if (place := slurm_ranks()) is not None:
+        return place
     if "RANK" in env or _integer("WORLD_SIZE", 1) > 1:
         given, absent = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
         # Taken for a single process, every rank would train alone in the same run folder.
@@ -130,6 +137,9 @@ def initialise_distributed(device: str = "auto", timeout_s: float = 1800.0) -> T
     if device == "cuda" and not has_cuda:
         raise LaunchError("run.device is cuda but torch sees no CUDA device; set run.device=cpu")
     use_cuda = has_cuda and device != "cpu"
+    if use_cuda and torch.cuda.device_count() == 1 and "SLURM_PROCID" in os.environ:
+        # The scheduler shows each task its own GPU and no other.
+        local_rank = 0
     if use_cuda and local_rank >= torch.cuda.device_count():
         raise LaunchError(
             f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
@@ -140,18 +150,28 @@ def initialise_distributed(device: str = "auto", timeout_s: float = 1800.0) -> T
         torch.cuda.set_device(place)
     if world_size == 1:
         return Topology(device=place)
+    for name, value in slurm_rendezvous().items():
+        os.environ.setdefault(name, value)
     if absent := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise LaunchError(
             f"{world_size} ranks but no {' and no '.join(absent)}; start with torchrun, or export both in the job script"
         )
     _integer("MASTER_PORT")
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(
-        "cuda:nccl,cpu:gloo" if use_cuda else "gloo",
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-    )
+    # What NCCL did last, for the dump of a hang; must be set before the first communicator.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    try:
+        dist.init_process_group(
+            "cuda:nccl,cpu:gloo" if use_cuda else "gloo",
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+    except (dist.DistError, RuntimeError) as error:
+        raise RankLostError(
+            f"rank {rank} of {world_size} could not join the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
+            f"{str(error).splitlines()[0]}; are all ranks running, and is the address theirs?"
+        ) from error
     host_group = dist.new_group(backend="gloo", timeout=timeout)
     return Topology(rank, world_size, local_rank, local_world_size, place, host_group)
 
@@ -159,3 +179,13 @@ def initialise_distributed(device: str = "auto", timeout_s: float = 1800.0) -> T
 def shutdown_distributed() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def explain_lost_rank(error: BaseException) -> str | None:
+    """One line where a collective failed because another rank is gone; None where the error is of another kind."""
+    if not dist.is_initialized() or not isinstance(error, RuntimeError):
+        return None
+    text = str(error)
+    if not isinstance(error, dist.DistError) and not any(w in text.lower() for w in _LOST):
+        return None
+    return f"another rank is gone ({text.splitlines()[0][:160] if text else type(error).__name__})"

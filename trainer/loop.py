@@ -7,12 +7,14 @@ the stop flag, the digest of the data) travels in one integer reduction on the h
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
 import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,22 +27,31 @@ from .configuration.schema import TrainingConfig
 from .data.loader import PackedLoader, StepBatch
 from .distributed import Topology
 from .engines.protocol import Engine
+from .files import write_json
 from .metrics.accumulator import MetricsAccumulator
 from .metrics.progress import Progress
 from .metrics.recorder import MetricsRecorder
+from .metrics.records import plain_json
 from .metrics.throughput import StepClock, add_rates, peak_flops
 from .optimization.schedule import learning_rate
-from .policies import NonFinitePolicy, StopRequest, is_due
+from .policies import NonFinitePolicy, Rollback, SpikePolicy, Stop, StopRequest, is_due
 from .seeding import rng_state
+from .watchdog import Phase
 
-__all__ = ["Run", "TrainState", "fit", "save"]
+__all__ = ["Run", "Supervision", "TrainState", "fit", "save"]
 
 GC_EVERY = 1000
 
 
 @dataclass
 class TrainState:
-    """The loop's own progress; goes into every checkpoint as it stands."""
+    """The loop's own progress; goes into every checkpoint as it stands.
+
+    Args:
+        samples: where in the run's order the next step begins.
+        left_out: ranges `[first, stop)` of samples that a rollback took out of the order.
+        owes_evaluation: a stop cut the evaluation of this step short.
+    """
 
     step: int = 0
     samples: int = 0
@@ -48,6 +59,9 @@ class TrainState:
     flops: float = 0.0
     seconds: float = 0.0
     non_finite_steps: int = 0
+    rollbacks: int = 0
+    left_out: list[list[int]] = field(default_factory=list)
+    owes_evaluation: bool = False
     source_samples: dict[str, int] = field(default_factory=dict)
 
 
@@ -64,9 +78,27 @@ class Run:
     recorder: MetricsRecorder
     progress: Progress
     state: TrainState
+    spikes: SpikePolicy | None
+    """On rank 0 where `train.spike` asks for it."""
     evaluate: Callable[[], dict[str, Any]]
+    rewind: Callable[[Path], None]
+    """Collective: take everything back to a checkpoint."""
     fixed_state: dict[str, Any]
     """What every checkpoint says about the run besides its progress: fingerprints, configuration hash."""
+    supervision: Supervision
+    count_names: tuple[str, ...] = ()
+    """Counts of a step, once one is known."""
+    verdict: Rollback | None = None
+    """What rank 0 alone found out, until the others are told."""
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Who is told how an attempt goes: the watchdog of this rank, and on rank 0 the attempt's history."""
+
+    enter: Callable[[Phase], None] = lambda phase: None
+    event: Callable[..., None] = lambda event, **values: None
+    started: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True)
@@ -76,87 +108,190 @@ class Agreement:
     counts: dict[str, int]
     target_bytes: int
     data_digest: int
-    stop: bool
+    stop: Stop
+    save: bool
+    rollback: Rollback | None
 
 
-def fit(run: Run, stop: StopRequest) -> str:
+class RollbackError(Exception):
+    """All ranks go back, at the same place."""
+
+    def __init__(self, verdict: Rollback) -> None:
+        super().__init__(verdict.reason)
+        self.verdict = verdict
+
+
+def fit(run: Run, stop: StopRequest) -> Stop:
     """Collective: train from `run.state.step` to the end, or until a rank is asked to stop.
 
     Returns:
-        `finished` or `stopped`. Either way the last step is in a committed checkpoint.
+        `Stop.NOT` where the run is finished, else why it stopped. Either way the last step is in a committed checkpoint.
 
     Raises:
-        TrainingError: the non-finite policy, or too many failed saves.
+        TrainingError: a policy, or too many failed saves.
     """
+    gc.collect()
+    # The collector runs at the same step on all ranks: left to itself one rank at a time would stall them all.
+    gc.disable()
+    try:
+        while True:
+            try:
+                return _train_until_stopped(run, stop)
+            except RollbackError as error:
+                _roll_back(run, error.verdict)
+    finally:
+        gc.enable()
+
+
+def _train_until_stopped(run: Run, stop: StopRequest) -> Stop:
     config, state, accumulator = run.config, run.state, MetricsAccumulator()
     policy = NonFinitePolicy(
         config.train.non_finite, config.train.non_finite_budget, state.non_finite_steps
     )
     clock = StepClock(state.seconds)
-    outcome = "finished"
-    gc.collect()
-    # The collector runs at the same step on all ranks: left to itself one rank at a time would stall them all.
-    gc.disable()
-    try:
-        while state.step < config.train.steps:
-            step_batch = run.loader.next_step()
-            agreed = _agree(run, step_batch, stop.is_asked(state.step))
-            if agreed.stop:
-                outcome = "stopped"
-                break
-            step = state.step + 1
-            values = _train_step(run, step, step_batch, agreed)
-            _advance(state, run, step_batch)
-            accumulator.add(
-                step, {**values, **clock.lap(step_batch.wait_s), **_progress_values(state)}
-            )
+    first_step = state.step + 1
+    reason = Stop.NOT
+    if state.owes_evaluation:
+        _evaluate(run, state.step)
+    while state.step < config.train.steps:
+        run.supervision.enter("compile" if state.step + 1 == first_step else "step")
+        step_batch = _next_batch(run, stop)
+        agreed = _agree(run, step_batch, stop)
+        if agreed.rollback is not None:
+            if config.train.spike == "stop":
+                raise TrainingError(
+                    f"{agreed.rollback.reason}; go on from before it with: weft train --resume {config.run_dir} train.spike=rollback"
+                )
+            raise RollbackError(agreed.rollback)
+        if agreed.stop:
+            reason = agreed.stop
+            break
+        assert step_batch is not None
+        step = state.step + 1
+        values = _train_step(run, step, step_batch, agreed)
+        _advance(state, run, step_batch)
+        lap = clock.lap(step_batch.wait_s)
+        accumulator.add(step, {**values, **lap, **_progress_values(state)})
 
-            is_last = step == config.train.steps
-            wants_save = is_last or is_due(config.checkpoint.every, step)
-            wants_evaluation = is_due(config.eval.every, step) or (is_last and config.eval.at_end)
-            if is_due(config.logging.every, step) or wants_save or wants_evaluation:
-                state.seconds = clock.total()
-                _flush(run, accumulator, policy)
-            held_out: dict[str, Any] = {}
-            if wants_evaluation:
-                # Empty where a stop cut it short: half an evaluation is no record.
-                if held_out := run.evaluate():
-                    run.recorder.log(step, held_out)
-                clock.restart_lap()
-            if wants_save:
-                score = held_out.get("eval/loss")
-                save(run, kind="final" if is_last else "periodic", score=score)
-                clock.restart_lap()
-            if is_due(GC_EVERY, step):
-                gc.collect()
-            run.progress.update(step)
-    finally:
-        gc.enable()
-    if outcome == "stopped":
+        is_last = step == config.train.steps
+        wants_save = is_last or is_due(config.checkpoint.every, step) or agreed.save
+        wants_evaluation = is_due(config.eval.every, step) or (is_last and config.eval.at_end)
+        if is_due(config.logging.every, step) or wants_save or wants_evaluation:
+            state.seconds = clock.total()
+            _flush(run, accumulator, policy)
+        if step == first_step:
+            _tell_of_first_step(run)
+        held_out: dict[str, Any] = {}
+        if wants_evaluation:
+            held_out = _evaluate(run, step)
+            clock.restart_lap()
+        if wants_save:
+            save(run, kind="final" if is_last else "periodic", score=held_out.get("eval/loss"))
+            clock.restart_lap()
+        if is_due(GC_EVERY, step):
+            gc.collect()
+        stop.reserve_s = 2 * (run.checkpoints.save_seconds + lap["step_s"])
+        run.progress.update(step)
+    if reason:
         state.seconds = clock.total()
         _flush(run, accumulator, policy)
         save(run, kind="final")
+    run.supervision.enter("save")
     run.checkpoints.wait()
-    return outcome
+    return reason
 
 
-def _agree(run: Run, step_batch: StepBatch, wants_stop: bool) -> Agreement:
-    """Collective: the step's global counts, a digest of its data, and whether anyone wants to stop."""
-    names: list[str] = []
-    counts: dict[str, int] = {}
+def _next_batch(run: Run, stop: StopRequest) -> StepBatch | None:
+    """None where a stop was asked for while the data kept this rank waiting: the others learn of it instead of waiting too."""
+    # Before the first step nobody knows how many counts a step has, which all ranks have to agree on.
+    if run.count_names and not run.loader.wait(stop.is_asked):
+        return None
+    return run.loader.next_step()
+
+
+def _agree(run: Run, step_batch: StepBatch | None, stop: StopRequest) -> Agreement:
+    """Collective: the step's global counts, a digest of its data, and whether anyone wants to stop, save or go back."""
+    counts: dict[str, int] = dict.fromkeys(run.count_names, 0)
     digest = target_bytes = 0
-    for batch in step_batch.micro_batches:
+    for batch in step_batch.micro_batches if step_batch else ():
         for name, count in run.task.counts(batch).items():
             counts[name] = counts.get(name, 0) + count
         target_bytes += batch.target_bytes
         # A sum over rows: the same for any split of the step over ranks.
         digest += sum(zlib.crc32(row) for row in batch.tokens.view(batch.rows, -1).numpy())
-    names = sorted(counts)
+    run.count_names = tuple(sorted(counts))
+    asked = [0, 0, 0]
+    if stop.is_asked():
+        asked[stop.kind - 1] = 1
+    verdict = run.verdict
+    back = [verdict.step, verdict.first_sample, verdict.stop_sample] if verdict else [0, 0, 0]
     summed = run.topology.sum_integers(
-        [*(counts[n] for n in names), target_bytes, digest, int(wants_stop)]
+        [
+            *(counts[n] for n in run.count_names),
+            *(target_bytes, digest),
+            *(*asked, int(stop.take_save()), *back),
+        ]
     )
-    *totals, target_bytes, digest, stop = summed
-    return Agreement(dict(zip(names, totals, strict=True)), target_bytes, digest, stop > 0)
+    *totals, target_bytes, digest, time_limit, preempted, person, save_now, step, first, last = (
+        summed
+    )
+    kinds = {Stop.TIME_LIMIT: time_limit, Stop.PREEMPTED: preempted, Stop.ASKED: person}
+    reason = verdict.reason if verdict else "rank 0 found a spike"
+    return Agreement(
+        dict(zip(run.count_names, totals, strict=True)),
+        target_bytes,
+        digest,
+        max((kind for kind, ranks in kinds.items() if ranks), default=Stop.NOT),
+        save_now > 0,
+        Rollback(step, first, last, reason) if step else None,
+    )
+
+
+def _tell_of_first_step(run: Run) -> None:
+    seconds = time.time() - run.supervision.started
+    run.supervision.event("training", step=run.state.step, seconds_to_first_step=seconds)
+    run.progress.message(f"first step done {seconds:.1f} s after the start")
+
+
+def _evaluate(run: Run, step: int) -> dict[str, Any]:
+    """Collective: held-out numbers, also recorded; empty where a stop cut it short: half an evaluation is no record."""
+    run.supervision.enter("evaluation")
+    held_out = run.evaluate()
+    run.state.owes_evaluation = not held_out
+    if held_out:
+        run.recorder.log(step, held_out)
+    run.supervision.enter("step")
+    return held_out
+
+
+def _roll_back(run: Run, verdict: Rollback) -> None:
+    """Collective: to the newest sound checkpoint before the bad steps, whose samples are left out from now on.
+
+    Raises:
+        TrainingError: there is no such checkpoint, or this has happened too often.
+    """
+    state, budget = run.state, run.config.train.rollback_budget
+    if state.rollbacks >= budget:
+        raise TrainingError(
+            f"{verdict.reason}; the run was rolled back {state.rollbacks} times already, train.rollback_budget={budget}; "
+            f"look at the step with: weft debug {run.config.run_dir} --step {verdict.step}"
+        )
+    run.supervision.enter("save")
+    with contextlib.suppress(CheckpointError):
+        run.checkpoints.wait()
+    path = run.checkpoints.find_latest(before=verdict.step)
+    if path is None:
+        raise TrainingError(
+            f"{verdict.reason}; there is no checkpoint from before it to go back to; lower checkpoint.every or raise checkpoint.keep"
+        )
+    left_out = [*state.left_out, [verdict.first_sample, verdict.stop_sample]]
+    run.state = replace(state, rollbacks=state.rollbacks + 1, left_out=left_out)
+    run.verdict = None
+    run.rewind(path)
+    told = f"rolled back to step {run.state.step}: {verdict.reason}; samples {verdict.first_sample} to {verdict.stop_sample - 1} are left out"
+    run.recorder.log(run.state.step, {"rolled_back": told})
+    run.supervision.event("rolled_back", step=run.state.step, reason=told)
+    run.progress.message(told)
 
 
 def _train_step(
@@ -222,9 +357,34 @@ def _flush(run: Run, accumulator: MetricsAccumulator, policy: NonFinitePolicy) -
                 record["loss"] * record["target_tokens"] / math.log(2) / record["target_bytes"]
             )
         run.recorder.log(int(record["step"]), record)
-        policy.check(record)
+        if policy.bad_values(record):
+            _write_bad_step(run, record)
+        verdict = policy.check(record)
         run.state.non_finite_steps = policy.seen
+        if verdict is not None:
+            raise RollbackError(verdict)
+        if run.spikes is not None:
+            # Rank 0 alone has the past to judge by; the others are told by the next agreement.
+            run.verdict = run.spikes.watch(record) or run.verdict
     run.progress.show(records)
+
+
+def _write_bad_step(run: Run, record: Mapping[str, Any]) -> None:
+    """On rank 0: what is known of a step that is not finite, for whoever looks into it."""
+    norms = run.engine.withheld_norms()
+    if not run.topology.is_main:
+        return
+    names = ("step", "loss", "grad_norm", "lr", "first_sample", "last_sample")
+    bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
+    content = {
+        **{name: record.get(name) for name in names},
+        "parameters_not_finite": bad,
+        "gradient_norms": norms,
+        "replay": f"weft debug {run.config.run_dir} --step {record['step']}",
+    }
+    path = run.config.run_dir / "logs" / f"not_finite_step_{record['step']:08d}.json"
+    with contextlib.suppress(OSError):
+        write_json(path, plain_json(content))
 
 
 def _device_name(topology: Topology) -> str | None:
@@ -247,6 +407,7 @@ def save(run: Run, kind: str, score: float | None = None) -> None:
         "score": score,
         **run.fixed_state,
     }
+    run.supervision.enter("save")
     try:
         run.checkpoints.save(
             run.state.step, run.engine.state_shards(), state, rng_state(), kind=kind
@@ -261,3 +422,5 @@ def save(run: Run, kind: str, score: float | None = None) -> None:
             raise TrainingError(f"step {run.state.step} could not be saved: {error}") from error
         run.recorder.log(run.state.step, {"save_failed": str(error)})
         run.progress.message(f"a save failed, the next one will be tried: {error}")
+    finally:
+        run.supervision.enter("step")

@@ -1,45 +1,37 @@
 """One attempt at a run: open everything, take up where the run stands, train, leave a clean folder.
 
-The same function serves a new run and a resumed one, one process and many.
+The same function serves a new run and a resumed one, one process and many. However an attempt ends, its folder says how.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import tempfile
-from dataclasses import fields
+import os
+import socket
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..models import build_task
-from ..models.errors import CheckpointError, ConfigError, WeftError
-from ..models.task import Task
-from .checkpoint.manager import CheckpointManager
-from .checkpoint.reading import find_checkpoint
+from ..models.errors import RankLostError, TrainingError, WeftError
+from .attempts import AttemptLog
 from .configuration.checks import check_against_world
-from .configuration.load import config_hash, dump_config
+from .configuration.load import dump_config
 from .configuration.schema import TrainingConfig
-from .data.dataset import Dataset, open_data
-from .data.loader import PackedLoader
-from .distributed import Topology, initialise_distributed, shutdown_distributed
-from .engines.build import build_engine
-from .engines.protocol import Engine
-from .evaluation import evaluate
+from .deadline import Deadline
+from .distributed import Topology, explain_lost_rank, initialise_distributed, shutdown_distributed
+from .exit_codes import ExitCode
 from .files import write_text
-from .loop import Run, TrainState, fit
-from .metrics.progress import Progress
-from .metrics.recorder import MetricsRecorder
-from .policies import StopRequest
+from .loop import Run, Supervision, fit
+from .opening import open_run
+from .policies import Stop, StopRequest
+from .run_folder import claim_folder, release_folder
+from .run_lock import RunLock
+from .watchdog import Watchdog
 
-__all__ = ["STOPPED_EXIT_CODE", "train"]
-
-STOPPED_EXIT_CODE = 75
-"""The run was asked to stop and saved: start it again with `weft train --resume`."""
-
-log = logging.getLogger("weft")
+__all__ = ["train"]
 
 
 def train(config: TrainingConfig, run_dir: Path | None = None, *, resume: bool = False) -> int:
@@ -50,7 +42,7 @@ def train(config: TrainingConfig, run_dir: Path | None = None, *, resume: bool =
         resume: go on with the run in the configured folder; otherwise the folder must not hold one.
 
     Returns:
-        The exit code: 0 finished, 75 stopped on request with everything saved.
+        The exit code, see `weft.trainer.exit_codes`: 0 finished; 75, 76, 77 stopped with everything saved.
 
     Raises:
         WeftError: any error the user can mend.
@@ -61,182 +53,151 @@ def train(config: TrainingConfig, run_dir: Path | None = None, *, resume: bool =
         )
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    topology = initialise_distributed(config.run.device, config.parallel.timeout_s)
-    try:
-        check_against_world(config, topology.world_size)
-        claim_folder(config, topology, resume=resume)
-        # Signals count from here on: a stop asked for while opening is honoured before the first step.
-        with StopRequest(config.run_dir) as stop:
-            try:
-                run = open_run(config, topology, stop, resume=resume)
-            except WeftError:
-                if not resume and topology.is_main:
-                    release_folder(config.run_dir)
-                raise
-            if resume and topology.is_main:
-                write_text(config.run_dir / "config.yaml", dump_config(config))
-            try:
-                with run.progress:
-                    outcome = fit(run, stop)
-            finally:
-                run.loader.close()
-                run.recorder.close()
-                run.checkpoints.close()
-        if outcome == "stopped" and topology.is_main:
-            print(
-                f"stopped by {stop.reason or 'another rank'} after step {run.state.step}; go on with: weft train --resume {config.run_dir}"
-            )
-        return 0 if outcome == "finished" else STOPPED_EXIT_CODE
-    finally:
-        shutdown_distributed()
+    # Signals count from here on: a stop asked for while the run is opened is honoured before the first step.
+    with StopRequest(config.run_dir) as stop:
+        topology = initialise_distributed(config.run.device, config.parallel.timeout_s)
+        stop.looks = topology.is_main
+        is_lost = False
+        try:
+            return _attempt(config, topology, stop, resume=resume)
+        except RankLostError:
+            is_lost = True
+            raise
+        finally:
+            # Leaving a group whose other ranks are gone may wait for them for ever.
+            if not is_lost:
+                shutdown_distributed()
 
 
-def claim_folder(config: TrainingConfig, topology: Topology, *, resume: bool) -> None:
-    """Collective: make the run folder and write its configuration, or refuse a folder that holds another run.
-
-    A resumed run keeps its configuration until it is open: one that is refused must not spoil the next attempt.
-
-    Raises:
-        ConfigError: a new run in a used folder, or a folder that cannot be written.
-    """
-    problem = None
+def _attempt(config: TrainingConfig, topology: Topology, stop: StopRequest, *, resume: bool) -> int:
+    """Collective: one entry in the run's history, whatever way it ends."""
+    check_against_world(config, topology.world_size)
+    lock = RunLock(config.run_dir)
+    number = claim_folder(config, topology, lock, resume=resume)
+    history = AttemptLog(config.run_dir, number)
     if topology.is_main:
-        folder = config.run_dir
-        records = folder / "metrics.jsonl"
-        has_steps = records.is_file() and records.stat().st_size > 0
-        has_run = (folder / "checkpoints" / "latest").exists() or has_steps
-        if has_run and not resume:
-            problem = f"{folder} already holds a run; go on with it: weft train --resume {folder}, or set run.dir to a new folder"
-        else:
-            try:
-                (folder / "logs").mkdir(parents=True, exist_ok=True)
-                if not resume:
-                    write_text(folder / "config.yaml", dump_config(config))
-                # Found out here, not by the first thing that is written once all is open.
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
-            except OSError as error:
-                problem = f"run folder {folder} cannot be written: {error.strerror}; set run.dir elsewhere"
-    problem = topology.broadcast_json(problem)
-    if problem:
-        raise ConfigError(problem)
+        history.write("start", **_identity(config, topology, lock))
+        stop.deadline = Deadline(config.run.deadline_margin_s)
 
-
-def release_folder(folder: Path) -> None:
-    """Undo `claim_folder` for a run that could not be opened; what else lies there stays."""
-    (folder / "config.yaml").unlink(missing_ok=True)
-    for empty in (folder / "logs", folder):
+    def end(outcome: str, code: int, reason: str, **values: Any) -> None:
+        """What rank 0 says of the attempt, and what any other rank says of its own failure."""
         with contextlib.suppress(OSError):
-            empty.rmdir()
+            if topology.is_main:
+                history.write("end", outcome=outcome, exit_code=code, reason=reason, **values)
+            elif code not in (0, ExitCode.MACHINE, *(s.exit_code for s in Stop)):
+                history.write("failed", rank=topology.rank, exit_code=code, reason=reason)
 
+    def beat() -> None:
+        if topology.is_main and not lock.beat():
+            print(
+                f"weft: error: {config.run_dir} was taken over by another job; this one ends without writing to it",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(ExitCode.USER_ERROR)
 
-def open_run(config: TrainingConfig, topology: Topology, stop: StopRequest, *, resume: bool) -> Run:
-    """Collective: data, engine, checkpoint and records, at the step the run stands at."""
-    data = open_data(config.data, topology)
-    task = build_task(config.model)
-    engine = build_engine(task, config, topology)
-    checkpoints = CheckpointManager(config.run_dir, config.checkpoint, topology)
-    state = TrainState()
-    if resume:
-        state = restore(engine, checkpoints, data, config)
-    elif config.checkpoint.start_from:
-        start_from(engine, checkpoints, config)
-    if state.step >= config.train.steps:
-        raise ConfigError(
-            f"{config.run_dir} is finished: it stands at step {state.step} of train.steps={config.train.steps}; raise train.steps to go on"
-        )
-    data.check_samples(config.train.steps * config.batch_rows, config.run.seed)
-    rows = config.batch_rows // engine.data_ranks
-    micro = (
-        config.train.micro_batch_tokens or rows * config.data.sequence_length
-    ) // config.data.sequence_length
-    loader = PackedLoader(
-        data,
-        seed=config.run.seed,
-        batch_rows=config.batch_rows,
-        micro_batch_rows=micro,
-        data_rank=engine.data_rank,
-        data_ranks=engine.data_ranks,
-        start_sample=state.samples,
-        end_sample=state.samples + (config.train.steps - state.step) * config.batch_rows,
-        pin_memory=topology.device.type == "cuda",
+    watchdog = Watchdog(
+        config.run.watchdog,
+        config.run_dir / "logs",
+        attempt=number,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        on_hang=lambda reason: end("hang", ExitCode.HANG, reason),
+        beat=beat,
     )
-    return Run(
-        config=config,
-        topology=topology,
-        task=task,
-        engine=engine,
-        loader=loader,
-        checkpoints=checkpoints,
-        recorder=MetricsRecorder(
-            config.run_dir, config.logging, topology, state.step, settings=config.dump()
-        ),
-        progress=Progress(
-            config.logging.progress,
-            config.train.steps,
-            start_step=state.step,
-            is_main=topology.is_main,
-        ),
-        state=state,
-        evaluate=lambda: evaluation_values(engine, task, data, config, stop),
-        fixed_state={
-            "data": {"fingerprint": data.fingerprint, "seed": config.run.seed},
-            "config_hash": config_hash(config),
-            "engine_name": config.parallel.engine,
-        },
-    )
+    try:
+        with watchdog:
+            supervision = Supervision(
+                watchdog.enter,
+                history.write if topology.is_main else _ignore,
+                process_start(),
+            )
+            reason, step, seconds = _run(config, topology, stop, supervision, resume=resume)
+    except WeftError as error:
+        end(_outcome_of(error), error.exit_code, str(error))
+        if not resume and topology.is_main and error.exit_code == ExitCode.USER_ERROR:
+            release_folder(config.run_dir)
+        raise
+    except BaseException as error:
+        end("error", ExitCode.BUG, f"{type(error).__name__}: {error}".splitlines()[0])
+        raise
+    else:
+        why = "" if reason is Stop.NOT else f"stopped by {stop.reason or 'another rank'}"
+        end(reason.outcome, reason.exit_code, why, step=step, train_seconds=seconds)
+        if reason and topology.is_main:
+            print(f"{why} after step {step}; go on with: weft train --resume {config.run_dir}")
+        return reason.exit_code
+    finally:
+        lock.release()
 
 
-def evaluation_values(
-    engine: Engine, task: Task, data: Dataset, config: TrainingConfig, stop: StopRequest
-) -> dict[str, Any]:
-    """Collective: held-out numbers as flat metric names; none where a rank was asked to stop meanwhile."""
-    found = evaluate(
-        engine,
-        task,
-        data,
-        config.eval,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-        should_stop=lambda: stop.reason is not None,
-    )
-    return found.as_metrics() if found else {}
+def _run(
+    config: TrainingConfig,
+    topology: Topology,
+    stop: StopRequest,
+    supervision: Supervision,
+    *,
+    resume: bool,
+) -> tuple[Stop, int, float]:
+    """Collective: open, train, close; (why it stopped, last step, training seconds)."""
+    run: Run | None = None
+    is_lost = False
+    try:
+        run = open_run(config, topology, stop, resume=resume, supervision=supervision)
+        if resume and topology.is_main:
+            write_text(config.run_dir / "config.yaml", dump_config(config))
+        with run.progress:
+            reason = fit(run, stop)
+        return reason, run.state.step, run.state.seconds
+    except Exception as error:
+        lost = explain_lost_rank(error)
+        if lost is None:
+            raise
+        is_lost = True
+        step = run.state.step if run else 0
+        raise RankLostError(
+            f"{lost} after step {step}; why it went stands in its own log; go on with: weft train --resume {config.run_dir}"
+        ) from error
+    finally:
+        if run is not None:
+            run.loader.close()
+            run.recorder.close()
+            run.checkpoints.close(abandon=is_lost)
 
 
-def restore(
-    engine: Engine, checkpoints: CheckpointManager, data: Dataset, config: TrainingConfig
-) -> TrainState:
-    """Collective: the newest sound checkpoint into the engine; a run that never saved starts from the beginning."""
-    path = checkpoints.find_latest()
-    if path is None:
-        log.warning("%s has no complete checkpoint; starting from step 0", config.run_dir)
-        return TrainState()
-    loaded = checkpoints.load(path, engine.state_shards(), complete=True)
-    data.check_fingerprint(loaded.state["data"]["fingerprint"])
-    if loaded.state["data"]["seed"] != config.run.seed:
-        raise ConfigError(
-            f"run.seed is {config.run.seed} but the run was started with {loaded.state['data']['seed']}; leave it as it was"
-        )
-    engine.load_scalar_state(loaded.state["engine"])
-    known = {item.name for item in fields(TrainState)}
-    return TrainState(
-        **{name: value for name, value in loaded.state["train"].items() if name in known}
-    )
+def _ignore(event: str, **values: Any) -> None:
+    """Rank 0 alone writes the history."""
 
 
-def start_from(engine: Engine, checkpoints: CheckpointManager, config: TrainingConfig) -> None:
-    """Collective: weights, and on request the optimizer, of another run; the data order starts anew.
+def _outcome_of(error: WeftError) -> str:
+    if isinstance(error, RankLostError):
+        return "rank_lost"
+    return "policy" if isinstance(error, TrainingError) else "error"
 
-    Raises:
-        CheckpointError: nothing sound there.
-    """
-    source = Path(config.checkpoint.start_from or "")
-    path = find_checkpoint(source)
-    if path is None:
-        raise CheckpointError(f"checkpoint.start_from: {source} holds no complete checkpoint")
-    wants_optimizer = config.checkpoint.start_from_parts == "weights_and_optimizer"
-    shards = [
-        s for s in engine.state_shards() if s.name.startswith("parameters/") or wants_optimizer
-    ]
-    loaded = checkpoints.load(path, shards)
-    if wants_optimizer:
-        engine.load_scalar_state(loaded.state["engine"])
+
+def _identity(config: TrainingConfig, topology: Topology, lock: RunLock) -> dict[str, Any]:
+    """Who makes this attempt, and where."""
+    env = os.environ
+    return {
+        "job_id": env.get("SLURM_ARRAY_JOB_ID") or env.get("SLURM_JOB_ID"),
+        "array_task_id": env.get("SLURM_ARRAY_TASK_ID"),
+        "restart": int(env.get("SLURM_RESTART_COUNT") or 0),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "nodes": env.get("SLURM_JOB_NODELIST"),
+        "world_size": topology.world_size,
+        "engine": config.parallel.engine,
+        "strategy": config.parallel.strategy,
+        "log_dir": env.get("WEFT_LOG_DIR"),
+        "previous_alive": lock.previous_alive,
+    }
+
+
+def process_start() -> float:
+    """Unix seconds at which this process was started, the interpreter's own start included where the system tells it."""
+    try:
+        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        up = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - up + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return time.time()

@@ -24,7 +24,8 @@ from weft.trainer.data.dataset import Dataset, open_data
 from weft.trainer.data.loader import PackedLoader, held_out_batches
 from weft.trainer.distributed import Topology
 from weft.trainer.engines.torch_engine import TorchEngine
-from weft.trainer.train import STOPPED_EXIT_CODE, train
+from weft.trainer.exit_codes import ExitCode
+from weft.trainer.train import train
 
 STEPS, EVERY = 8, 4
 LENGTH, ROWS = 32, 8
@@ -268,7 +269,7 @@ def test_a_stop_in_an_evaluation_saves_and_leaves_no_trace(
     stopped = configure(tmp_path, checkpoint__every=None)
     with monkeypatch.context() as patch:
         seen = signal_in_evaluation(patch, at_batch=2)
-        assert train(stopped) == STOPPED_EXIT_CODE
+        assert train(stopped) == ExitCode.STOPPED
         assert seen == [2], "the evaluation went on after the signal"
     assert f"stopped by SIGTERM after step {EVERY}" in capsys.readouterr().out
     run = stopped.run_dir
@@ -298,4 +299,4 @@ def stop_rank_1_in_evaluation(topology: Topology, recipe: str) -> list[int]:
 def test_a_stop_of_one_rank_in_an_evaluation_stops_all(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, **{**CHANGES, "checkpoint__every": None})
     found = run_ranks(2, "test_loop:stop_rank_1_in_evaluation", str(recipe))
-    assert found == [[STOPPED_EXIT_CODE, EVERY]] * 2
+    assert found == [[ExitCode.STOPPED, EVERY]] * 2

@@ -18,7 +18,8 @@ from weft.models.task import LossOutput, LossTerm
 from weft.models.transformer.task import TransformerTask
 from weft.trainer.checkpoint.reading import list_checkpoints
 from weft.trainer.configuration.load import load_config, load_run_config
-from weft.trainer.train import STOPPED_EXIT_CODE, train
+from weft.trainer.exit_codes import ExitCode
+from weft.trainer.train import train
 
 KILLS = 25
 
@@ -140,7 +141,7 @@ def test_a_signal_saves_and_stops(
     out, _ = process.communicate(timeout=60)
     if process.returncode == 0:
         pytest.skip("the run was over before the signal came")
-    assert process.returncode == STOPPED_EXIT_CODE
+    assert process.returncode == ExitCode.STOPPED
     assert f"stopped by {number.name} after step" in out
     assert "weft train --resume" in out
     run = tmp_path / "run"
@@ -156,7 +157,7 @@ def test_a_stop_file_stops_once(tmp_path: Path, undisturbed: Path) -> None:
     run.mkdir()
     (run / "STOP").touch()
     config = load_config(str(recipe), [], tmp_path).config
-    assert train(config) == STOPPED_EXIT_CODE
+    assert train(config) == ExitCode.STOPPED
     assert not (run / "STOP").exists()
     assert resume(run) == 0
     same_run(run, undisturbed)

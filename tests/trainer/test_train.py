@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from tiny_run import EXACT, trace, write_recipe
 from weft.launch import cli, evaluate
 from weft.launch.local import LocalRanks
-from weft.trainer import train as train_module
+from weft.trainer import run_folder
 from weft.trainer.checkpoint.reading import find_checkpoint, list_checkpoints
 from weft.trainer.configuration.load import load_config, load_run_config
 from weft.trainer.train import train
@@ -82,7 +82,7 @@ def test_a_disk_that_fails_when_the_folder_is_made(
     def fails(path: Path, text: str) -> None:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(train_module, "write_text", fails)
+    monkeypatch.setattr(run_folder, "write_text", fails)
     code, lines = run_weft(monkeypatch, capfd, "train", str(recipe))
     assert code == 2
     assert len(lines) == 1

@@ -23,9 +23,11 @@ from ..distributed import Topology
 from ..loop import Run, fit
 from ..metrics.progress import Progress
 from ..metrics.records import read_metrics
+from ..opening import open_run
 from ..optimization.row_sparse_adam import row_sparse_adam_
 from ..policies import StopRequest
-from ..train import claim_folder, open_run
+from ..run_folder import claim_folder
+from ..run_lock import RunLock
 
 __all__ = ["compare_steps"]
 
@@ -42,7 +44,7 @@ def compare_steps(config: TrainingConfig, topology: Topology, steps: int) -> dic
     """
     total = steps * ROUNDS
     config = _with_steps(config, total)
-    claim_folder(config, topology, resume=False)
+    claim_folder(config, topology, RunLock(config.run_dir), resume=False)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest(config.run_dir))
         run = open_run(config, topology, stop, resume=False)
@@ -80,6 +82,8 @@ def _with_steps(config: TrainingConfig, steps: int) -> TrainingConfig:
 
 class _NoSaves:
     """Stands in for the checkpoint manager: what saving costs is measured apart."""
+
+    save_seconds = 0.0
 
     def save(self, *args: object, **kwargs: object) -> None:
         return None

@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,25 @@ class LoadedCheckpoint:
 
 
 class CheckpointManager:
-    """The checkpoints of one run. Methods marked Collective are called by every rank."""
+    """The checkpoints of one run. Methods marked Collective are called by every rank.
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, topology: Topology) -> None:
+    Args:
+        on_commit: told (step, seconds from the call of `save`) on rank 0, from the thread that writes.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        topology: Topology,
+        on_commit: Callable[[int, float], None] | None = None,
+    ) -> None:
         self.run_dir, self.config, self.topology = run_dir, config, topology
         self.failed_saves = 0
+        self.save_seconds = 0.0
+        """How long the longest of this attempt's saves took to its commit, on rank 0."""
+        self._on_commit = on_commit
+        self._is_abandoned = threading.Event()
         self.resumed_from: Path | None = None
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -121,8 +135,14 @@ class CheckpointManager:
         if problem:
             raise CheckpointError(problem)
 
-    def close(self) -> None:
-        """Let this rank's writer finish; not collective, for the way out of an error."""
+    def close(self, *, abandon: bool = False) -> None:
+        """Let this rank's writer finish; not collective, for the way out of an error.
+
+        Args:
+            abandon: do not wait for other ranks' parts, because one is gone; what is written so far is removed.
+        """
+        if abandon:
+            self._is_abandoned.set()
         if self._thread is not None:
             self._thread.join()
 
@@ -187,7 +207,7 @@ class CheckpointManager:
         rank_state: dict[str, Any],
         kind: str,
     ) -> None:
-        rank = self.topology.rank
+        rank, begin = self.topology.rank, time.monotonic()
         try:
             entries = write_pieces(folder, f"rank_{rank:05d}", pieces)
             write_json(
@@ -195,6 +215,10 @@ class CheckpointManager:
             )
             if rank == 0:
                 self._commit(folder, step, state, kind)
+                seconds = time.monotonic() - begin
+                self.save_seconds = max(self.save_seconds, seconds)
+                if self._on_commit is not None:
+                    self._on_commit(step, seconds)
         except BaseException as error:
             self._failure = error
             if rank == 0:
@@ -212,7 +236,7 @@ class CheckpointManager:
         final = step_folder(self.run_dir, step)
         if final.exists():
             # A partial or older folder of the same step must not stand in the way.
-            os.rename(final, final.with_name(f".trash-{final.name}-{uuid.uuid4().hex[:8]}"))
+            _to_trash(final)
         os.rename(folder, final)
         sync_directory(final.parent)
         self._verified.add(final)
@@ -235,6 +259,8 @@ class CheckpointManager:
                 if report.exists():
                     reports[rank] = json.loads(report.read_text())
             waiting -= reports.keys()
+            if waiting and self._is_abandoned.is_set():
+                raise CheckpointError("a rank was lost during the save")
             if waiting and time.monotonic() > deadline:
                 names = ", ".join(map(str, sorted(waiting)))
                 raise CheckpointError(
@@ -252,10 +278,7 @@ class CheckpointManager:
         for info in sound:
             if info.path in kept or info.path == self.resumed_from or self._is_permanent(info):
                 continue
-            # Renamed first: a kill in the middle must not leave half of it under a final name.
-            os.rename(
-                info.path, info.path.with_name(f".trash-{info.path.name}-{uuid.uuid4().hex[:8]}")
-            )
+            _to_trash(info.path)
 
     def _best(self, sound: Sequence[CheckpointInfo]) -> list[CheckpointInfo]:
         """Those of the lowest held-out loss; of equal ones the older, so that a plateau moves nothing."""
@@ -269,12 +292,16 @@ class CheckpointManager:
 
     # Loading
 
-    def find_latest(self) -> Path | None:
+    def find_latest(self, before: int | None = None) -> Path | None:
         """Collective: the newest checkpoint whose every byte is sound; damaged ones are named in the log.
 
         Rank 0 looks, all ranks check a share of the files, all get the same answer.
+
+        Args:
+            before: only those of steps below this one.
         """
         infos = list_checkpoints(self.run_dir) if self.topology.is_main else []
+        infos = [i for i in infos if before is None or i.step < before]
         candidates = self.topology.broadcast_json(
             [[str(i.path), i.problem] for i in reversed(infos)]
         )
@@ -288,6 +315,16 @@ class CheckpointManager:
                     "checkpoint %s is damaged (%s); trying the one before", path, problems[0]
                 )
         return None
+
+    def discard_after(self, path: Path) -> None:
+        """Collective: a run that went back to this checkpoint must not be resumed from a later one."""
+        if self.topology.is_main:
+            move_latest(path)
+            for info in list_checkpoints(self.run_dir):
+                if info.path.name > path.name:
+                    self._verified.discard(info.path)
+                    shutil.rmtree(_to_trash(info.path), ignore_errors=True)
+        self.topology.barrier()
 
     def _verify_together(self, path: Path) -> list[str]:
         """Collective: problems found by all ranks."""
@@ -386,6 +423,13 @@ def _explain(error: BaseException) -> str:
         hint = "; free some space or move run.dir" if error.errno == errno.ENOSPC else ""
         return f"the checkpoint cannot be written: {error.strerror or error}{where}{hint}"
     return str(error)
+
+
+def _to_trash(path: Path) -> Path:
+    """Out of the way in one step: a kill while it is removed must not leave half of it under a final name."""
+    trash = path.with_name(f".trash-{path.name}-{uuid.uuid4().hex[:8]}")
+    os.rename(path, trash)
+    return trash
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -8,7 +8,23 @@ from pydantic import Field
 
 from ...models.section import Section
 
-__all__ = ["RunConfig", "TrainConfig"]
+__all__ = ["RunConfig", "TrainConfig", "WatchdogConfig"]
+
+
+class WatchdogConfig(Section):
+    """Seconds a phase may last before it is taken for a hang and ended with the stacks of all ranks; null is never."""
+
+    init_s: float | None = Field(
+        1800.0, gt=0, description="from the start to the first step: data, process groups, loading"
+    )
+    compile_s: float | None = Field(
+        3600.0, gt=0, description="the first step, with its compilations"
+    )
+    step_s: float | None = Field(900.0, gt=0, description="a step, waiting for its data included")
+    save_s: float | None = Field(
+        3600.0, gt=0, description="a save, as far as training waits for it"
+    )
+    evaluation_s: float | None = Field(3600.0, gt=0, description="an evaluation")
 
 
 class RunConfig(Section):
@@ -28,6 +44,16 @@ class RunConfig(Section):
         None, gt=0, description="CPU threads of one rank; null leaves it to torch"
     )
 
+    max_restarts: int = Field(
+        10, ge=0, description="failures of a submitted job after which it is not started again"
+    )
+    deadline_margin_s: float = Field(
+        60.0,
+        ge=0,
+        description="seconds before the end of the job's time, besides those a save takes, at which the run saves and ends",
+    )
+    watchdog: WatchdogConfig = Field(WatchdogConfig(), description="when a run hangs")
+
     @property
     def folder(self) -> str:
         return self.dir or f"runs/{self.name}"
@@ -41,8 +67,19 @@ class TrainConfig(Section):
     micro_batch_tokens: int | None = Field(
         None, gt=0, description="positions a rank runs at once; null is its whole share"
     )
-    non_finite: Literal["stop", "skip"] = Field(
+    non_finite: Literal["stop", "skip", "rollback"] = Field(
         "stop",
         description="what follows a loss or gradient that is not a number; its update is always withheld",
     )
     non_finite_budget: int = Field(10, ge=0, description="such steps that skip puts up with")
+    spike: Literal["ignore", "stop", "rollback"] = Field(
+        "ignore",
+        description="what follows a loss that stays above its past: rollback takes up the newest checkpoint before it and leaves the samples out",
+    )
+    spike_sigmas: float = Field(
+        7.0, gt=0, description="deviations from the mean of the last 1000 losses that make a spike"
+    )
+    spike_steps: int = Field(
+        8, gt=0, description="steps in a row above it that spike acts on; shorter ones pass"
+    )
+    rollback_budget: int = Field(3, ge=0, description="rollbacks of a run before it stops")

@@ -7,10 +7,12 @@ restart seeks.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +26,10 @@ from .order import Located
 from .packing import RowAssembler, Rows
 from .stream import TokenStream
 
-__all__ = ["HeldOutBatches", "PackedLoader", "StepBatch", "held_out_batches"]
+__all__ = ["HeldOutBatches", "PackedLoader", "StepBatch", "held_out_batches", "next_start"]
+
+LOOK_S = 0.25
+"""Seconds between questions to `should_stop` while a step is waited for: a signal is heard between them."""
 
 TASK_TOKENS = 1 << 16
 """A worker assembles about this many positions before it hands over: two threads that meet cost more than a small step."""
@@ -60,6 +65,7 @@ class PackedLoader:
         data_rank, data_ranks: this rank among those that see different data.
         start_sample: samples given out before; `state()["samples"]` of the loader to go on from.
         end_sample: nothing is assembled from here on; None is no end.
+        leave_out: ranges `[first, stop)` of samples; a step that would touch one begins after it.
         prefetch: steps assembled ahead.
         pin_memory: page-lock the batches, for asynchronous copies to a GPU.
         threads: workers; steps come out in order with any number.
@@ -76,6 +82,7 @@ class PackedLoader:
         data_ranks: int = 1,
         start_sample: int = 0,
         end_sample: int | None = None,
+        leave_out: Sequence[tuple[int, int]] = (),
         prefetch: int | None = None,
         pin_memory: bool = False,
         threads: int = 1,
@@ -98,6 +105,8 @@ class PackedLoader:
         self._pin_memory = pin_memory
         self._samples = self._next_sample = start_sample
         self._end_sample = end_sample
+        self._leave_out = leave_out
+        self._waited_s = 0.0
         self._ready: deque[StepBatch | BaseException] = deque()
         self._pending: deque[Future[list[StepBatch | BaseException]]] = deque()
         self._pool = ThreadPoolExecutor(threads, "weft-data")
@@ -107,6 +116,17 @@ class PackedLoader:
         for _ in range(-(-ahead // self._steps_a_task)):
             self._submit()
 
+    def wait(self, should_stop: Callable[[], bool]) -> bool:
+        """Until the next step is there, True, or `should_stop` says yes, False; the step stays to come in either case."""
+        started = time.perf_counter()
+        while not self._ready and self._pending and not self._pending[0].done():
+            if should_stop():
+                return False
+            with contextlib.suppress(NotYet):
+                self._pending[0].exception(timeout=LOOK_S)
+            self._waited_s = time.perf_counter() - started
+        return True
+
     def next_step(self) -> StepBatch:
         """The next step's micro-batches.
 
@@ -114,7 +134,7 @@ class PackedLoader:
             DataError: a source is used up (`max_epochs`).
             ValueError: the loader was closed, or `end_sample` is reached.
         """
-        wait_s = 0.0
+        wait_s, self._waited_s = self._waited_s, 0.0
         if not self._ready:
             if not self._pending:
                 raise ValueError(
@@ -122,7 +142,7 @@ class PackedLoader:
                 )
             started = time.perf_counter()
             self._ready.extend(self._pending.popleft().result())
-            wait_s = time.perf_counter() - started
+            wait_s += time.perf_counter() - started
             self._submit()
         batch = self._ready.popleft()
         if isinstance(batch, BaseException):
@@ -183,17 +203,20 @@ class PackedLoader:
         )
 
     def _submit(self) -> None:
-        first, stop = self._next_sample, self._next_sample + self._steps_a_task * self._batch_rows
-        if self._end_sample is not None:
-            stop = min(stop, self._end_sample)
-        if first < stop:
-            self._pending.append(self._pool.submit(self._assemble_until, first, stop))
-            self._next_sample = first + -(-(stop - first) // self._batch_rows) * self._batch_rows
+        starts: list[int] = []
+        while len(starts) < self._steps_a_task:
+            first = next_start(self._next_sample, self._batch_rows, self._leave_out)
+            if self._end_sample is not None and first >= self._end_sample:
+                break
+            starts.append(first)
+            self._next_sample = first + self._batch_rows
+        if starts:
+            self._pending.append(self._pool.submit(self._assemble_all, starts))
 
-    def _assemble_until(self, first_sample: int, stop: int) -> list[StepBatch | BaseException]:
-        """Steps from one sample up to another; an error takes the place of the step that has it."""
+    def _assemble_all(self, starts: Sequence[int]) -> list[StepBatch | BaseException]:
+        """The steps that begin at these samples; an error takes the place of the step that has it."""
         found: list[StepBatch | BaseException] = []
-        for first in range(first_sample, stop, self._batch_rows):
+        for first in starts:
             try:
                 found.append(self.assemble(first))
             except BaseException as error:
@@ -209,6 +232,14 @@ class PackedLoader:
         sample_ids = range(first_sample + first, first_sample + first + self._micro_rows)
         batch = self._assembler.pack(Rows(ids, borders, tuple(sample_ids), tuple(sources.tolist())))
         return batch.pin_memory() if self._pin_memory else batch
+
+
+def next_start(sample: int, rows: int, leave_out: Sequence[tuple[int, int]]) -> int:
+    """Where the next step of `rows` samples begins, at `sample` or after the ranges `[first, stop)` it would touch."""
+    for first, stop in sorted(leave_out):
+        if sample < stop and sample + rows > first:
+            sample = stop
+    return sample
 
 
 def _assembler(dataset: Dataset, *, is_training: bool) -> RowAssembler:

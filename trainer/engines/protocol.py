@@ -95,6 +95,13 @@ class Engine(ABC):
             loss: () the step's global mean loss, for the outlier rule; None where it is off.
         """
 
+    def withheld_norms(self) -> dict[str, float]:
+        """Gradient norm of each parameter, by logical name, in the last step whose update was withheld.
+
+        Empty where there was none, or where the engine does not keep them.
+        """
+        return {}
+
     @abstractmethod
     def evaluate(self, batch: PackedBatch) -> LossOutput:
         """Losses of one batch without gradients."""

@@ -56,6 +56,7 @@ class TorchEngine(Engine):
         self.task, self.topology, self.optimizer_config, self.seed = task, topology, optimizer, seed
         self.precision = precision
         self.count_of: dict[str, str] = {}
+        self._withheld: dict[str, tuple[tuple[str, ...], Tensor]] = {}
         self.strategy = pick_strategy(parallel, topology)
         with torch.device("meta"):
             self.networks = task.build_networks()
@@ -159,7 +160,8 @@ class TorchEngine(Engine):
         updates = self.updates[phase]
         updates.refresh()
         sparse = self._exchange_sparse(phase)
-        grad_norm = self._grad_norm(updates, sparse)
+        names, squares = self._squared_norms(updates, sparse)
+        grad_norm = squares.sum().sqrt()
         keep = torch.isfinite(grad_norm).float()
         if loss is not None:
             keep = keep * torch.isfinite(loss)
@@ -173,6 +175,7 @@ class TorchEngine(Engine):
         )
         # A clip factor that is not a number must not reach the kernel, even for a withheld update.
         clip = torch.where(torch.isfinite(clip) & (clip > 0), clip, torch.ones_like(clip))
+        self._remember_withheld(phase, names, squares, keep)
         updates.apply(learning_rate, keep, clip, sparse)
         updates.clear_gradients()
         return StepResult(grad_norm, 1.0 - keep)
@@ -203,16 +206,37 @@ class TorchEngine(Engine):
                 gradients[name] = gradient.coalesce()
         return gradients
 
-    def _grad_norm(self, updates: Updates, sparse: Mapping[str, Tensor]) -> Tensor:
-        """() fp32, over the whole gradient; sharded parts are summed over the shards."""
+    def _squared_norms(
+        self, updates: Updates, sparse: Mapping[str, Tensor]
+    ) -> tuple[tuple[str, ...], Tensor]:
+        """Collective: logical names, and () fp32 of each whole gradient; sharded parts are summed over the shards."""
         dense = updates.dense_gradients()
-        zero = torch.zeros((), device=self.topology.device)
-        total = torch.stack(torch._foreach_norm(dense)).square().sum() if dense else zero  # type: ignore[attr-defined]
+        squares = torch.zeros(0, device=self.topology.device)
+        if dense:
+            squares = torch.stack(torch._foreach_norm(list(dense.values()))).square()  # type: ignore[attr-defined]
         if self.mesh is not None:
-            dist.all_reduce(total, group=self.mesh.get_group(self.mesh.ndim - 1))
-        for gradient in sparse.values():
-            total = total + gradient.values().float().square().sum()
-        return total.sqrt()
+            # All of them and not only their sum: as fast, and the norm of each is known.
+            dist.all_reduce(squares, group=self.mesh.get_group(self.mesh.ndim - 1))
+        if sparse:
+            rows = [gradient.values().float().square().sum() for gradient in sparse.values()]
+            squares = torch.cat([squares, torch.stack(rows)])
+        return (*dense, *sparse), squares
+
+    def _remember_withheld(
+        self, phase: str, names: tuple[str, ...], squares: Tensor, keep: Tensor
+    ) -> None:
+        """Norms of the last step that was withheld, without asking the device whether this one is."""
+        known, before = self._withheld.get(phase, ((), squares))
+        if known != names:
+            before = torch.full_like(squares, -1.0)
+        self._withheld[phase] = (names, torch.where(keep > 0, before, squares))
+
+    def withheld_norms(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for names, squares in self._withheld.values():
+            norms = torch.where(squares == -1.0, squares, squares.sqrt()).tolist()
+            found |= {name: norm for name, norm in zip(names, norms, strict=True) if norm != -1.0}
+        return found
 
     # Looking
 

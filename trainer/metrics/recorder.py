@@ -6,7 +6,7 @@ that each step is there once however often the run was stopped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +29,7 @@ class MetricsRecorder:
         topology: this process's place.
         resume_step: the step the run goes on from; records past it are dropped. 0 starts anew.
         settings: the run's configuration, for sinks that show it.
+        on_kept: given each record that stays of earlier attempts, in order.
 
     Raises:
         LaunchError: a sink's package is missing.
@@ -42,8 +43,10 @@ class MetricsRecorder:
         resume_step: int = 0,
         *,
         settings: Mapping[str, Any] | None = None,
+        on_kept: Callable[[Mapping[str, Any]], object] | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
+        self._on_kept = on_kept
         self._file: RecordFile | None = None
         self._sinks: list[Sink] = []
         self._spikes = SpikeMonitor()
@@ -55,10 +58,24 @@ class MetricsRecorder:
             self._sinks.append(WandbSink(self.run_dir, config.wandb, settings))
         if config.tensorboard:
             self._sinks.append(TensorBoardSink(self.run_dir, resume_step))
-        path = self.run_dir / METRICS_FILE
-        for record in truncate_records(path, resume_step):
+        self._open(resume_step)
+
+    def _open(self, step: int) -> None:
+        for record in truncate_records(self.path, step):
             self._spikes.restore(record)
-        self._file = RecordFile(path)
+            if self._on_kept is not None:
+                self._on_kept(record)
+        self._file = RecordFile(self.path)
+
+    def rewind(self, step: int) -> None:
+        """The run went back to a step: drop what was recorded after it. A resume does the same when it opens."""
+        if self._file is None:
+            return
+        self._file.close()
+        self._spikes = SpikeMonitor()
+        self._open(step)
+        for sink in self._sinks:
+            sink.rewind(step)
 
     @property
     def path(self) -> Path:

@@ -13,6 +13,7 @@ import os
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,6 +34,10 @@ class Sink(ABC):
     @abstractmethod
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
         """Steps never decrease."""
+
+    @abstractmethod
+    def rewind(self, step: int) -> None:
+        """The run went back to this step; later ones come again, with other values."""
 
     @abstractmethod
     def close(self, exit_code: int = 0) -> None:
@@ -90,6 +95,10 @@ class WandbSink(Sink):
         if step >= self._first_step:
             self._run.log(dict(values), step=step)
 
+    def rewind(self, step: int) -> None:
+        # W&B cannot take values back: its curve goes on where the run has passed the old end.
+        self._first_step = self._run.step
+
     def close(self, exit_code: int = 0) -> None:
         self._run.finish(exit_code=exit_code)
 
@@ -125,12 +134,17 @@ class TensorBoardSink(Sink):
                 "logging.tensorboard needs the tensorboard package; install it with: "
                 "pip install 'weft[tensorboard]'"
             ) from error
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        self._new_writer = partial(SummaryWriter, str(run_dir / "tensorboard"))
+        self._writer = self._new_writer(purge_step=resume_step + 1)
 
     def log(self, step: int, values: Mapping[str, float | int]) -> None:
         for name, value in values.items():
             if math.isfinite(value):
                 self._writer.add_scalar(name, value, step)
+
+    def rewind(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._new_writer(purge_step=step + 1)
 
     def close(self, exit_code: int = 0) -> None:
         self._writer.close()

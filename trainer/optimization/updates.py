@@ -107,10 +107,14 @@ class Updates:
             for item in items:
                 item.refresh()
 
-    def dense_gradients(self) -> list[Tensor]:
-        return [
-            i.leaf.grad for g in self.dense for i in self.members[g.name] if i.leaf.grad is not None
-        ]
+    def dense_gradients(self) -> dict[str, Tensor]:
+        """This rank's part of each, by logical name."""
+        return {
+            item.name: item.leaf.grad
+            for group in self.dense
+            for item in self.members[group.name]
+            if item.leaf.grad is not None
+        }
 
     def apply(
         self, lr: float, keep: Tensor, clip: Tensor, sparse_gradients: Mapping[str, Tensor]

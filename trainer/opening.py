@@ -1,0 +1,197 @@
+"""Everything one attempt works with, opened at the step its run stands at: data, engine, checkpoint, records."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..models import build_task
+from ..models.errors import CheckpointError, ConfigError
+from ..models.task import Task
+from .checkpoint.manager import CheckpointManager
+from .checkpoint.reading import find_checkpoint
+from .configuration.load import config_hash
+from .configuration.schema import TrainingConfig
+from .data.dataset import Dataset, open_data
+from .data.loader import PackedLoader
+from .distributed import Topology
+from .engines.build import build_engine
+from .engines.protocol import Engine
+from .evaluation import evaluate
+from .loop import Run, Supervision, TrainState
+from .metrics.progress import Progress
+from .metrics.recorder import MetricsRecorder
+from .metrics.records import METRICS_FILE
+from .policies import SpikePolicy, StopRequest
+
+__all__ = ["open_run"]
+
+log = logging.getLogger("weft")
+
+
+def open_run(
+    config: TrainingConfig,
+    topology: Topology,
+    stop: StopRequest,
+    *,
+    resume: bool,
+    supervision: Supervision | None = None,
+) -> Run:
+    """Collective: data, engine, checkpoint and records, at the step the run stands at."""
+    supervision = supervision or Supervision()
+    data = open_data(config.data, topology)
+    task = build_task(config.model)
+    engine = build_engine(task, config, topology)
+
+    def on_commit(step: int, seconds: float) -> None:
+        supervision.event("saved", step=step, seconds=seconds, train_seconds=run.state.seconds)
+
+    checkpoints = CheckpointManager(config.run_dir, config.checkpoint, topology, on_commit)
+    state = TrainState()
+    if resume:
+        state = restore(engine, checkpoints, data, config)
+    elif config.checkpoint.start_from:
+        start_from(engine, checkpoints, config)
+    if state.step >= config.train.steps:
+        raise ConfigError(
+            f"{config.run_dir} is finished: it stands at step {state.step} of train.steps={config.train.steps}; raise train.steps to go on"
+        )
+    left_out = sum(stop - first for first, stop in state.left_out)
+    data.check_samples(config.train.steps * config.batch_rows + left_out, config.run.seed)
+    spikes = None
+    if config.train.spike != "ignore" and topology.is_main:
+        spikes = SpikePolicy(config.train.spike_sigmas, config.train.spike_steps)
+    run = Run(
+        config=config,
+        topology=topology,
+        task=task,
+        engine=engine,
+        loader=open_loader(data, engine, config, state, topology),
+        checkpoints=checkpoints,
+        recorder=MetricsRecorder(
+            config.run_dir,
+            config.logging,
+            topology,
+            state.step,
+            settings=config.dump(),
+            on_kept=spikes.watch if spikes else None,
+        ),
+        progress=Progress(
+            config.logging.progress,
+            config.train.steps,
+            start_step=state.step,
+            is_main=topology.is_main,
+        ),
+        state=state,
+        spikes=spikes,
+        evaluate=lambda: evaluation_values(engine, task, data, config, stop),
+        rewind=lambda path: rewind(run, data, path),
+        fixed_state={
+            "data": {"fingerprint": data.fingerprint, "seed": config.run.seed},
+            "config_hash": config_hash(config),
+            "engine_name": config.parallel.engine,
+        },
+        supervision=supervision,
+    )
+    supervision.event("opened", step=state.step, train_seconds=state.seconds)
+    return run
+
+
+def open_loader(
+    data: Dataset, engine: Engine, config: TrainingConfig, state: TrainState, topology: Topology
+) -> PackedLoader:
+    """This rank's batches from where the run stands to its end."""
+    length, rows = config.data.sequence_length, config.batch_rows
+    micro = config.train.micro_batch_tokens or rows // engine.data_ranks * length
+    left_out = [(first, stop) for first, stop in state.left_out]
+    # What is left out is made up for at the end; a range may also cost the part of a step before it.
+    extra = sum(stop - first + rows for first, stop in left_out if stop > state.samples)
+    return PackedLoader(
+        data,
+        seed=config.run.seed,
+        batch_rows=rows,
+        micro_batch_rows=micro // length,
+        data_rank=engine.data_rank,
+        data_ranks=engine.data_ranks,
+        start_sample=state.samples,
+        end_sample=state.samples + (config.train.steps - state.step) * rows + extra,
+        leave_out=left_out,
+        pin_memory=topology.device.type == "cuda",
+    )
+
+
+def rewind(run: Run, data: Dataset, path: Path) -> None:
+    """Collective: everything back to a checkpoint of the same attempt, but what the run has learnt about its data."""
+    run.loader.close()
+    restored = restore(run.engine, run.checkpoints, data, run.config, path)
+    run.state = replace(
+        restored,
+        rollbacks=run.state.rollbacks,
+        non_finite_steps=run.state.non_finite_steps,
+        left_out=run.state.left_out,
+    )
+    run.checkpoints.discard_after(path)
+    run.recorder.rewind(run.state.step)
+    run.loader = open_loader(data, run.engine, run.config, run.state, run.topology)
+
+
+def evaluation_values(
+    engine: Engine, task: Task, data: Dataset, config: TrainingConfig, stop: StopRequest
+) -> dict[str, Any]:
+    """Collective: held-out numbers as flat metric names; none where a rank was asked to stop meanwhile."""
+    found = evaluate(
+        engine,
+        task,
+        data,
+        config.eval,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        should_stop=stop.is_asked,
+    )
+    return found.as_metrics() if found else {}
+
+
+def restore(
+    engine: Engine,
+    checkpoints: CheckpointManager,
+    data: Dataset,
+    config: TrainingConfig,
+    path: Path | None = None,
+) -> TrainState:
+    """Collective: a checkpoint into the engine, the newest sound one by default; a run that never saved starts from the beginning."""
+    path = path or checkpoints.find_latest()
+    if path is None:
+        if (config.run_dir / METRICS_FILE).exists():
+            log.warning("%s has no complete checkpoint; starting from step 0", config.run_dir)
+        return TrainState()
+    loaded = checkpoints.load(path, engine.state_shards(), complete=True)
+    data.check_fingerprint(loaded.state["data"]["fingerprint"])
+    if loaded.state["data"]["seed"] != config.run.seed:
+        raise ConfigError(
+            f"run.seed is {config.run.seed} but the run was started with {loaded.state['data']['seed']}; leave it as it was"
+        )
+    engine.load_scalar_state(loaded.state["engine"])
+    known = {item.name for item in fields(TrainState)}
+    return TrainState(
+        **{name: value for name, value in loaded.state["train"].items() if name in known}
+    )
+
+
+def start_from(engine: Engine, checkpoints: CheckpointManager, config: TrainingConfig) -> None:
+    """Collective: weights, and on request the optimizer, of another run; the data order starts anew.
+
+    Raises:
+        CheckpointError: nothing sound there.
+    """
+    source = Path(config.checkpoint.start_from or "")
+    path = find_checkpoint(source)
+    if path is None:
+        raise CheckpointError(f"checkpoint.start_from: {source} holds no complete checkpoint")
+    wants_optimizer = config.checkpoint.start_from_parts == "weights_and_optimizer"
+    shards = [
+        s for s in engine.state_shards() if s.name.startswith("parameters/") or wants_optimizer
+    ]
+    loaded = checkpoints.load(path, shards)
+    if wants_optimizer:
+        engine.load_scalar_state(loaded.state["engine"])
