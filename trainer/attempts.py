@@ -273,8 +273,9 @@ def goodput(run_dir: Path, attempts: list[Attempt] | None = None) -> float | Non
     for place, this in enumerate(attempts):
         # What a later start took up is kept; what it repeats was lost.
         taken_up = (a.train_seconds[0] for a in attempts[place + 1 :] if a.is_open)
-        kept = next(taken_up, this.train_seconds[1])
-        useful += max(0.0, kept - this.train_seconds[0]) * this.world_size
+        if this.is_open:
+            kept = next(taken_up, this.train_seconds[1])
+            useful += max(0.0, kept - this.train_seconds[0]) * this.world_size
         until = this.last_event if this.end is None else this.end
         allocated += (until - this.start) * this.world_size
     return min(1.0, useful / allocated) if useful and allocated > 0 else None

@@ -68,6 +68,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="weft-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        self._arm(self._limits["init"])
         self._thread.start()
         return self
 

@@ -11,7 +11,7 @@ import click
 import pytest
 from weft.launch import cli
 from weft.launch.options import RECIPES, split_arguments
-from weft.models.errors import CheckpointError
+from weft.models.errors import CheckpointError, TrainingError
 from weft.trainer.configuration.load import load_config
 from weft.trainer.configuration.recipes import list_recipes
 

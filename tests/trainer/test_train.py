@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -15,8 +16,10 @@ from tiny_run import EXACT, trace, write_recipe
 from weft.launch import cli, evaluate
 from weft.launch.local import LocalRanks
 from weft.trainer import run_folder
+from weft.trainer.attempts import judge, read_attempts
 from weft.trainer.checkpoint.reading import find_checkpoint, list_checkpoints
 from weft.trainer.configuration.load import load_config, load_run_config
+from weft.trainer.exit_codes import ExitCode
 from weft.trainer.train import train
 
 
@@ -114,12 +117,24 @@ def losses(run: Path) -> list[dict[str, float]]:
     return [r for r in map(json.loads, lines[:-1]) if "loss" in r]
 
 
-# A dead rank's connections break, a stopped one's stay open: only the time limit ends that wait.
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+# A dead rank's connections break; a stopped one's stay open, and either the exchange's time limit or the watchdog ends that wait.
+@pytest.mark.parametrize(
+    ("number", "limit_s", "outcome"),
+    [
+        (signal.SIGKILL, 900, "rank_lost"),
+        (signal.SIGSTOP, 900, "rank_lost"),
+        (signal.SIGSTOP, 3, "hang"),
+    ],
+    ids=["killed", "stopped", "hung"],
+)
 def test_a_lost_rank_ends_the_others_and_the_run_resumes(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, number: signal.Signals, limit_s: int, outcome: str
 ) -> None:
-    limits = {"parallel__timeout_s": TIMEOUT_S, "checkpoint__timeout_s": 5}
+    limits = {
+        "parallel__timeout_s": TIMEOUT_S if outcome == "rank_lost" else 120,
+        "checkpoint__timeout_s": 1800,
+        "run__watchdog": {"step_s": limit_s, "save_s": limit_s},
+    }
     recipe = write_recipe(tmp_path / "two", train__steps=LAST, **limits)
     run = tmp_path / "two" / "run"
     group = LocalRanks(["train", str(recipe)], 2, tmp_path / "logs" / "two")
@@ -129,12 +144,26 @@ def test_a_lost_rank_ends_the_others_and_the_run_resumes(
             time.sleep(0.01)
         assert group.is_running(), group.tail()
         group.processes[1].send_signal(number)
-        # One limit for the exchange, one for the save that may be under way, and the way out.
-        code = group.processes[0].wait(timeout=2 * TIMEOUT_S + 15)
+        # The limit of the exchange, or of the watchdog and its wait for the other's stacks, and the way out.
+        code = group.processes[0].wait(timeout=45)
     finally:
         group.kill()
-    assert code not in (0, 75), "a run without one of its ranks says that all is well"
-    assert "Error" in group.logs[0].read_text()
+    said = group.logs[0].read_text()
+    assert "Traceback" not in said
+    (attempt,) = read_attempts(run)
+    assert (attempt.outcome, attempt.exit_code) == (outcome, code)
+    if outcome == "rank_lost":
+        assert code == ExitCode.MACHINE
+        assert re.search(
+            r"weft: error: another rank is gone \(.*\) after step \d+; .* --resume", said
+        )
+    else:
+        assert code == ExitCode.HANG
+        assert re.search("no progress in phase (step|save)", attempt.reason)
+        assert "nothing was heard of rank 1" in attempt.reason
+        stacks = (run / "logs" / "hang_001_rank_00000.txt").read_text()
+        assert re.search("in (sum_integers|all_reduce|join)", stacks)
+    assert judge(run, code, max_restarts=10).requeue
     path = find_checkpoint(run)
     assert path is not None, [info.problem for info in list_checkpoints(run)]
     # It goes on, here on one rank, as a run of one rank that nothing happened to.
