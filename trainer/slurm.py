@@ -58,8 +58,9 @@ def _tasks_of_node(node: int, world: int) -> int:
 
 def first_host(nodes: str) -> str:
     """The first name of SLURM's compressed list: `gpu[007-010,2],login` -> `gpu007`."""
-    found = re.match(r"([^\[,]*)(?:\[([^\],-]*)[^\]]*\]([^,]*))?", nodes)
-    return "".join(part or "" for part in found.groups()) if found else nodes
+    # Commas inside brackets part numbers, those outside part names.
+    name = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodes)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", name[0] if name else nodes)
 
 
 def rendezvous_port(job: int, step: int = 0) -> int:

@@ -76,7 +76,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_exit_codes_of_the_page_are_those_of_the_code() -> None:
     from weft.trainer.exit_codes import ExitCode
 
-    page = (ROOT / "docs" / "train.md").read_text()
+    page = (ROOT / "docs" / "resume.md").read_text()
     rows = dict(re.findall(r"^\| (\d+) \| ([^|]+) \|", page, re.M))
     assert set(rows) >= {str(int(code)) for code in ExitCode}
     assert "mend" in rows[str(CheckpointError.exit_code)]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ranks import free_port
 from weft.models.errors import LaunchError
 from weft.trainer.distributed import Topology, initialise_distributed, shutdown_distributed
+from weft.trainer.slurm import first_host, rendezvous_port, slurm_rendezvous
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -67,6 +68,20 @@ SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_N
             {**SRUN, "RANK": "3", "WORLD_SIZE": "16", "LOCAL_RANK": "3", **HERE},
             [3, 16, 3, 16, False],
         ),
+        # srun with nothing exported: the step's own numbers count, uneven nodes included.
+        (
+            {
+                **SRUN,
+                "SLURM_JOB_ID": "41",
+                "SLURM_STEP_ID": "2",
+                "SLURM_STEP_NUM_TASKS": "7",
+                "SLURM_STEP_TASKS_PER_NODE": "4,3",
+                "SLURM_STEP_NODELIST": "localhost",
+            },
+            [5, 7, 1, 3, False],
+        ),
+        # The batch script itself has the job's number of tasks and is none of them.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "41"}, [0, 1, 0, 1, True]),
         # A shell inside an allocation of one task.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, [0, 1, 0, 1, True]),
         ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8"}, [0, 1, 0, 1, True]),
@@ -123,6 +138,36 @@ def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(name, value)
     with pytest.raises(LaunchError, match="local rank 2 has no GPU: this node shows 2"):
         initialise_distributed("auto")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[007-010,12],login", "gpu007"),
+        ("gpu[3,5-9]", "gpu3"),
+        ("rack[1-2]-node[08-11]", "rack1-node08"),
+        ("a-b[02]-ib,c", "a-b02-ib"),
+    ],
+)
+def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_where_the_ranks_of_a_step_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert slurm_rendezvous() == {}
+    step = {"SLURM_PROCID": "1", "SLURM_JOB_ID": "41", "SLURM_STEP_ID": "2"}
+    for name, value in {**step, "SLURM_STEP_NODELIST": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    assert slurm_rendezvous() == {"MASTER_ADDR": "localhost", "MASTER_PORT": "20289"}
+    # Jobs side by side on one node, and steps of one job, meet at other ports, none of them one that Linux hands out.
+    ports = {rendezvous_port(job, step) for job in range(4000, 4010) for step in range(3)}
+    assert len(ports) == 30
+    assert all(20_000 <= port < 30_000 for port in ports)
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "no-such-host.invalid")
+    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "10.1.2.3")
+    assert slurm_rendezvous()["MASTER_ADDR"] == "10.1.2.3"
 
 
 # Values whose JSON has other lengths on other ranks, characters of several bytes, and nothing at all.

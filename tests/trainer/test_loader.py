@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -185,6 +186,42 @@ def test_the_end_and_a_closed_loader_say_so(data: Dataset) -> None:
     loader.close()
     with pytest.raises(ValueError, match="closed or at its end_sample"):
         loader.next_step()
+
+
+def test_a_wait_ends_with_the_step_or_with_the_request(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    whole = PackedLoader.assemble
+    monkeypatch.setattr(
+        PackedLoader, "assemble", lambda self, first: (released.wait(30), whole(self, first))[1]
+    )
+    asked = []
+    with PackedLoader(data, seed=0, batch_rows=8, prefetch=1) as loader:
+        assert not loader.wait(lambda: bool(asked.append(0)) or len(asked) == 3)
+        assert len(asked) == 3
+        released.set()
+        assert loader.wait(lambda: False)
+        step = loader.next_step()
+        # The step is still the first, and what was waited for is part of what it cost.
+        assert step.first_sample == 0
+        assert step.wait_s > 0.2
+
+
+def test_steps_begin_after_what_is_left_out(data: Dataset) -> None:
+    whole = take(data, 9)
+    ranges = [(16, 24), (30, 37)]
+    with PackedLoader(data, seed=7, batch_rows=8, end_sample=64, leave_out=ranges) as loader:
+        starts = []
+        for _ in range(6):
+            step = loader.next_step()
+            starts.append(step.first_sample)
+            for batch in step.micro_batches:
+                rows = rows_of(batch)
+                assert rows == {sample: whole[sample] for sample in rows}
+        with pytest.raises(ValueError, match="end_sample"):
+            loader.next_step()
+    assert starts == [0, 8, 37, 45, 53, 61]
 
 
 def test_shares_that_do_not_divide_are_refused(data: Dataset) -> None:

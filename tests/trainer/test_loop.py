@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +276,7 @@ def test_a_stop_in_an_evaluation_saves_and_leaves_no_trace(
     assert f"stopped by SIGTERM after step {EVERY}" in capsys.readouterr().out
     run = stopped.run_dir
     assert [info.step for info in list_checkpoints(run)] == [EVERY]
-    # Half an evaluation is no evaluation.
+    # Half an evaluation is no evaluation; it is made up for by the next attempt.
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines] == [1, 2, 3, 4]
     assert all("loss" in r for r in lines)
@@ -300,3 +302,58 @@ def test_a_stop_of_one_rank_in_an_evaluation_stops_all(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, **{**CHANGES, "checkpoint__every": None})
     found = run_ranks(2, "test_loop:stop_rank_1_in_evaluation", str(recipe))
     assert found == [[ExitCode.STOPPED, EVERY]] * 2
+
+
+def stop_rank_1_in_a_wait_for_data(topology: Topology, recipe: str) -> list[float]:
+    """(exit code, seconds from the signal to the end) of a run in which rank 1's data never comes and it is told to stop."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(train_module, "initialise_distributed", lambda *arguments: topology)
+    patch.setattr(train_module, "shutdown_distributed", lambda: None)
+    never, asked = threading.Event(), []
+    whole = PackedLoader.assemble
+
+    def assemble(self: PackedLoader, first_sample: int) -> Any:
+        if topology.rank == 1 and first_sample >= 3 * ROWS:
+            if not asked:
+                # By then the steps before are done, and the loop waits for this one.
+                time.sleep(1)
+                asked.append(time.monotonic())
+                os.kill(os.getpid(), signal.SIGTERM)
+            never.wait(30)
+        return whole(self, first_sample)
+
+    patch.setattr(PackedLoader, "assemble", assemble)
+    patch.setattr(PackedLoader, "close", lambda self: never.set())
+    config = load_config(recipe, ["data.prefetch_steps=1"], Path(recipe).parent).config
+    code = train(config)
+    return [code, time.monotonic() - asked[0] if asked else 0.0]
+
+
+def test_a_stop_is_heard_while_data_is_waited_for(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, **{**CHANGES, "checkpoint__every": None})
+    found = run_ranks(2, "test_loop:stop_rank_1_in_a_wait_for_data", str(recipe))
+    assert [code for code, _ in found] == [ExitCode.STOPPED] * 2
+    assert found[1][1] < 10
+    assert [info.step for info in list_checkpoints(tmp_path / "run")] == [3]
+
+
+def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(
+    config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = configure(tmp_path, checkpoint__every=None)
+    with monkeypatch.context() as patch:
+        signal_in_evaluation(patch, at_batch=2)
+        assert train(stopped) == ExitCode.STOPPED
+    run = stopped.run_dir
+    assert records(run, "eval/loss") == []
+    assert train(load_run_config(run, []).config, run, resume=True) == 0
+    assert records(run, "eval/loss") == records(config.run_dir, "eval/loss")
+
+
+def test_a_save_file_saves_and_the_run_goes_on(tmp_path: Path) -> None:
+    config = configure(tmp_path, checkpoint__every=None, checkpoint__keep=3)
+    config.run_dir.mkdir()
+    (config.run_dir / "SAVE").touch()
+    assert train(config) == 0
+    assert [info.step for info in list_checkpoints(config.run_dir)] == [1, STEPS]
+    assert not (config.run_dir / "SAVE").exists()

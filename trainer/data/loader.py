@@ -118,13 +118,13 @@ class PackedLoader:
 
     def wait(self, should_stop: Callable[[], bool]) -> bool:
         """Until the next step is there, True, or `should_stop` says yes, False; the step stays to come in either case."""
-        started = time.perf_counter()
         while not self._ready and self._pending and not self._pending[0].done():
             if should_stop():
                 return False
+            started = time.perf_counter()
             with contextlib.suppress(NotYet):
                 self._pending[0].exception(timeout=LOOK_S)
-            self._waited_s = time.perf_counter() - started
+            self._waited_s += time.perf_counter() - started
         return True
 
     def next_step(self) -> StepBatch:
