@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from weft.models.batch import IGNORED, PackedBatch
 from weft.models.build import build_model, build_task
 from weft.models.transformer.config import Config, NgramConfig
 from weft.trainer.distributed import Topology
+from weft.trainer.engines.build import build_engine
 from weft.trainer.engines.config import ParallelConfig, PrecisionConfig
-from weft.trainer.engines.torch_engine import TorchEngine
+from weft.trainer.engines.protocol import Engine
 from weft.trainer.optimization.config import OptimizerConfig
 
 MODEL = Config(
@@ -28,15 +30,25 @@ MODEL = Config(
 )
 OPTIMIZER = OptimizerConfig(lr=1e-2, clip_grad_norm=0.5, eps=1e-6)
 STEPS, ROWS, LENGTH = 4, 8, 12
-STRATEGIES = [
-    ("single", 1),
-    ("fsdp", 1),
-    ("ddp", 2),
-    ("fsdp", 2),
-    ("ddp", 4),
-    ("fsdp", 4),
-    ("hsdp", 4),
+# (engine, its settings of the parallel section, ranks)
+ENGINES: list[tuple[str, dict[str, Any], int]] = [
+    ("torch", {"strategy": "single"}, 1),
+    ("torch", {"strategy": "fsdp"}, 1),
+    ("torch", {"strategy": "ddp"}, 2),
+    ("torch", {"strategy": "fsdp"}, 2),
+    ("torch", {"strategy": "ddp"}, 4),
+    ("torch", {"strategy": "fsdp"}, 4),
+    ("torch", {"strategy": "hsdp", "shard_ranks": 2, "replicate_ranks": 2}, 4),
+    ("accelerate", {}, 1),
+    ("accelerate", {}, 2),
+    ("accelerate", {}, 4),
 ]
+
+
+def label(row: tuple[Any, ...]) -> str:
+    return "-".join(
+        str(v) for part in row for v in (part.values() if isinstance(part, dict) else [part])
+    )
 
 
 def make_row(sample: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,21 +77,17 @@ def make_batch(samples: list[int]) -> PackedBatch:
     )
 
 
-def build(topology: Topology, strategy: str, **changes: Any) -> TorchEngine:
-    parallel = {"strategy": strategy, **changes.pop("parallel", {})}
-    if strategy == "hsdp":
-        parallel |= {"shard_ranks": 2, "replicate_ranks": 2}
-    return TorchEngine(
-        build_task(MODEL),
-        topology,
-        parallel=ParallelConfig(**parallel),
+def build(topology: Topology, engine: str, settings: dict[str, Any], **changes: Any) -> Engine:
+    config = SimpleNamespace(
+        parallel=ParallelConfig(engine=engine, **settings, **changes.pop("parallel", {})),
         precision=PrecisionConfig(**changes.pop("precision", {})),
         optimizer=changes.pop("optimizer", OPTIMIZER),
-        seed=7,
+        run=SimpleNamespace(seed=7),
     )
+    return build_engine(build_task(MODEL), config, topology)
 
 
-def run_steps(engine: TorchEngine, first: int, last: int, micro_rows: int = 2) -> list[list[float]]:
+def run_steps(engine: Engine, first: int, last: int, micro_rows: int = 2) -> list[list[float]]:
     """(loss, z-loss, gradient norm) of steps `[first, last)`."""
     values = []
     share = ROWS // engine.data_ranks
@@ -132,15 +140,15 @@ def oracle() -> list[list[float]]:
     return values
 
 
-def state_digest(engine: TorchEngine) -> dict[str, str]:
+def state_digest(engine: Engine) -> dict[str, str]:
     return {
         s.name: hashlib.sha256(s.tensor.contiguous().numpy().tobytes()).hexdigest()
         for s in engine.state_shards()
     }
 
 
-def train_on_rank(topology: Topology, strategy: str) -> dict[str, Any]:
-    engine = build(topology, strategy)
+def train_on_rank(topology: Topology, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    engine = build(topology, name, settings)
     shards = [
         [s.name, s.start, s.tensor.numel(), list(s.shape), s.is_writer]
         for s in engine.state_shards()
@@ -158,11 +166,11 @@ def expected() -> list[list[float]]:
     return oracle()
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), STRATEGIES)
+@pytest.mark.parametrize(("engine", "settings", "ranks"), ENGINES, ids=map(label, ENGINES))
 def test_losses_equal_the_plain_loop(
-    strategy: str, ranks: int, expected: list[list[float]]
+    engine: str, settings: dict[str, Any], ranks: int, expected: list[list[float]]
 ) -> None:
-    results = run_ranks(ranks, "test_engine_contract:train_on_rank", strategy)
+    results = run_ranks(ranks, "test_engine_contract:train_on_rank", engine, settings)
     for result in results:
         torch.testing.assert_close(
             torch.tensor(result["values"]), torch.tensor(expected), atol=1e-5, rtol=1e-5
@@ -181,16 +189,20 @@ def test_losses_equal_the_plain_loop(
     assert any(name.startswith("optimizer/exp_avg_sq/") for name in covered)
 
 
-def build_single(**changes: Any) -> TorchEngine:
-    return build(Topology(), "single", **changes)
+def build_single(engine: str = "torch", **changes: Any) -> Engine:
+    return build(Topology(), engine, {}, **changes)
 
 
-def test_state_copied_to_a_new_engine_continues_to_the_bit() -> None:
-    whole = build_single()
+alone = pytest.mark.parametrize("engine", ["torch", "accelerate"])
+
+
+@alone
+def test_state_copied_to_a_new_engine_continues_to_the_bit(engine: str) -> None:
+    whole = build_single(engine)
     expected = run_steps(whole, 0, STEPS)
-    first = build_single()
+    first = build_single(engine)
     run_steps(first, 0, 2)
-    second = build_single()
+    second = build_single(engine)
     for ours, theirs in zip(second.state_shards(), first.state_shards(), strict=True):
         assert ours.name == theirs.name
         ours.tensor.copy_(theirs.tensor)
@@ -199,8 +211,12 @@ def test_state_copied_to_a_new_engine_continues_to_the_bit() -> None:
     assert state_digest(second) == state_digest(whole)
 
 
-def test_a_step_that_is_not_finite_leaves_everything_as_it_was() -> None:
-    engine = build_single()
+@alone
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was(engine: str) -> None:
+    check_withheld(build_single(engine))
+
+
+def check_withheld(engine: Engine) -> None:
     run_steps(engine, 0, 2)
     before, counts = state_digest(engine), engine.scalar_state()
     batch = make_batch(list(range(8)))
@@ -210,6 +226,9 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was() -> None:
     assert result.skipped.item() == 1
     assert state_digest(engine) == before
     assert engine.scalar_state() == counts
+    norms = engine.withheld_norms()
+    assert [n for n, norm in norms.items() if norm != norm] == ["model/embedding.tokens.weight"]
+    assert norms.keys() == {n.removeprefix("parameters/") for n in before if "parameters" in n}
     assert run_steps(engine, 2, 3)[0][0] > 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...models.task import Task
 from ..configuration.schema import TrainingConfig
 from ..distributed import Topology
@@ -17,14 +19,16 @@ def build_engine(
     """Collective: networks with start values, sharded as configured.
 
     Args:
-        trains: False leaves the optimizer out, for evaluation and generation.
+        trains: False leaves the optimizer out, for evaluation and generation, which plain torch does for every engine.
     """
-    return TorchEngine(
-        task,
-        topology,
-        parallel=config.parallel,
-        precision=config.precision,
-        optimizer=config.optimizer,
-        seed=config.run.seed,
-        trains=trains,
-    )
+    parts: dict[str, Any] = {
+        "parallel": config.parallel,
+        "precision": config.precision,
+        "optimizer": config.optimizer,
+        "seed": config.run.seed,
+    }
+    if trains and config.parallel.engine == "accelerate":
+        from .accelerate_engine import AccelerateEngine
+
+        return AccelerateEngine(task, topology, **parts)
+    return TorchEngine(task, topology, **parts, trains=trains)

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from ...models.section import Section
+from .accelerate_config import AccelerateConfig
 
 __all__ = ["ParallelConfig", "PrecisionConfig"]
 
@@ -14,7 +15,7 @@ __all__ = ["ParallelConfig", "PrecisionConfig"]
 class ParallelConfig(Section):
     """How the run is spread over ranks."""
 
-    engine: Literal["torch"] = Field("torch", description="what runs the step")
+    engine: Literal["torch", "accelerate"] = Field("torch", description="what runs the step")
     strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = Field(
         "auto", description="auto: single for one rank, ddp on CPU, fsdp on several GPUs"
     )
@@ -30,6 +31,7 @@ class ParallelConfig(Section):
     )
     compile: bool = Field(False, description="torch.compile each block")
     timeout_s: float = Field(1800.0, gt=0, description="longest wait of a collective, in seconds")
+    accelerate: AccelerateConfig = Field(AccelerateConfig(), description="engine accelerate")
 
 
 class PrecisionConfig(Section):

@@ -142,17 +142,25 @@ class TorchEngine(Engine):
             seed_micro_batch(self.seed, batch.sample_ids[0])
             on_device = batch.to(self.topology.device)
             with self._autocast():
-                output = self.task.losses(self.networks, on_device, phase)
+                output = self.task.losses(self._called_networks(), on_device, phase)
             # Gradients are averaged over the data ranks; counts are global, so the sum is wanted.
             objective = sum(
                 t.weight * t.total.float() / counts[t.count] for t in output.terms.values()
             )
-            (objective * self.data_ranks).backward()  # type: ignore[union-attr]
+            self._backward(objective * self.data_ranks)
             for name, term in {**output.terms, **output.metrics}.items():
                 self.count_of[name] = term.count
                 total = term.total.detach().float()
                 sums[name] = sums[name] + total if name in sums else total
         return sums
+
+    # What an engine that wraps the networks does otherwise
+
+    def _called_networks(self) -> Mapping[str, nn.Module]:
+        return self.networks
+
+    def _backward(self, objective: Any) -> None:
+        objective.backward()
 
     def step(self, phase: str, learning_rate: float, loss: Tensor | None = None) -> StepResult:
         if self._sync is not None:
