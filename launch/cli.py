@@ -36,6 +36,13 @@ CHAPTERS = {
         "data": ("data", "prepare datasets, look at what training will see"),
         "convert": ("convert", "to and from Hugging Face checkpoints"),
     },
+    "On a cluster": {
+        "submit": ("submit", "a recipe or a run as a job that survives its cluster"),
+        "status": ("status", "runs and their jobs: step, loss, speed, state, history"),
+        "logs": ("logs", "what a rank of a run says"),
+        "stop": ("stop", "save, then end"),
+        "requeue": ("requeue", "back into the queue"),
+    },
     "After a run": {
         "eval": ("evaluate", "held-out loss, perplexity and bits per byte"),
         "generate": ("generate", "samples from a run"),

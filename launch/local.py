@@ -20,11 +20,20 @@ class LocalRanks:
         arguments: of the `weft` command.
         ranks: processes; one runs without a process group.
         log_prefix: files are PREFIX_rank0.log and so on.
+        logs: other files, one a rank.
     """
 
-    def __init__(self, arguments: Sequence[str], ranks: int, log_prefix: Path) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        ranks: int,
+        log_prefix: Path,
+        *,
+        logs: Sequence[Path] | None = None,
+    ) -> None:
         log_prefix.parent.mkdir(parents=True, exist_ok=True)
-        self.logs = [log_prefix.with_name(f"{log_prefix.name}_rank{r}.log") for r in range(ranks)]
+        named = [log_prefix.with_name(f"{log_prefix.name}_rank{r}.log") for r in range(ranks)]
+        self.logs = list(logs or named)
         shared = self._shared(ranks)
         self.processes = [
             self._start(arguments, r, ranks, log, shared) for r, log in enumerate(self.logs)
