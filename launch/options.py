@@ -138,9 +138,14 @@ def load_recipe_or_run(argument: str, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    right: Sequence[int] = (),
+    stderr: bool = False,
 ) -> None:
-    """A plain table on standard output; `right` lists the columns to align right."""
+    """A plain table on standard output, or error; `right` lists the columns to align right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -150,10 +155,10 @@ def print_table(
         table.add_column(name, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(value) for value in row))
-    console = Console()
+    console = Console(stderr=stderr)
     # Piped output has no width of its own; 80 columns would cut paths and numbers.
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=160, stderr=stderr)
     # Not the table's own title, which wraps at the width of a narrow table.
     if title:
         console.print(title, style="bold", markup=False, highlight=False)

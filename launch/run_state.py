@@ -139,7 +139,11 @@ def _words(
         last = attempts[-1]
         outcome = last.outcome or "died"
         return OUTCOMES.get(outcome, outcome), "" if outcome == "finished" else last.reason
-    return ("ended" if (folder / METRICS_FILE).is_file() else "not started"), ""
+    if not (folder / METRICS_FILE).is_file():
+        return "not started", ""
+    # A run from before there was a history of attempts.
+    steps = (plain_config(folder).get("train") or {}).get("steps")
+    return ("finished" if _saved_step(folder) == steps else "ended"), ""
 
 
 def _last_record(folder: Path) -> dict[str, Any]:

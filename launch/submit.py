@@ -217,17 +217,18 @@ def _show(plan: _Plan, submission: Submission) -> None:
 
     submission.check()
     if plan.combinations:
-        _print_runs(plan, submission)
+        _print_runs(plan, submission, stderr=True)
     click.echo(submission.script(find_code()).render(), nl=False)
 
 
-def _print_runs(plan: _Plan, submission: Submission) -> None:
+def _print_runs(plan: _Plan, submission: Submission, *, stderr: bool = False) -> None:
     rows = [
         (i, *(o.partition("=")[2] for o in c.overrides), os.path.relpath(run))
         for i, (c, run) in enumerate(zip(plan.combinations, submission.runs, strict=True))
     ]
     keys = [o.partition("=")[0] for o in plan.combinations[0].overrides]
-    print_table(f"{len(rows)} runs, array {submission.array}", ["task", *keys, "run"], rows)
+    title = f"{len(rows)} runs, array {submission.array}"
+    print_table(title, ["task", *keys, "run"], rows, stderr=stderr)
 
 
 def _submit(plan: _Plan, submission: Submission) -> None:

@@ -52,9 +52,9 @@ def combinations(sweeps: Sequence[str], seeds: int | None, first_seed: int) -> l
         raise ConfigError(f"the sweep makes {count} runs, more than {MOST_RUNS}; sweep less")
     short = _short_names(keys)
     found = []
-    for values in itertools.product(*(values for _, values in axes)):
-        name = "_".join(f"{short[k]}={_plain(v)}" for k, v in zip(keys, values, strict=True))
-        overrides = tuple(f"{k}={v}" for k, v in zip(keys, values, strict=True))
+    for chosen in itertools.product(*(values for _, values in axes)):
+        name = "_".join(f"{short[k]}={_plain(v)}" for k, v in zip(keys, chosen, strict=True))
+        overrides = tuple(f"{k}={v}" for k, v in zip(keys, chosen, strict=True))
         found.append(Combination(name, overrides))
     names = [c.name for c in found]
     if same := next((name for name in names if names.count(name) > 1), None):
