@@ -67,7 +67,10 @@ def _run_with_restarts(run: Path, ranks: int) -> int:
 
 def _run_once(run: Path, ranks: int, start: int) -> int:
     """One start; rank 0's output is shown. Returns the code a job's srun would: the highest of the ranks."""
-    folder = run / "logs" / f"local{os.getpid()}_{start}"
+    name = f"logs/local{os.getpid()}_{start}"
+    # Into the run's history, where `weft logs --attempt` finds it.
+    os.environ["WEFT_LOG_DIR"] = name
+    folder = run / name
     logs = [folder / f"rank_{rank:05d}.log" for rank in range(ranks)]
     group = LocalRanks(["train", "--resume", str(run)], ranks, folder / "rank", logs=logs)
     with _passed_on(group), open(logs[0], "rb") as log:

@@ -155,10 +155,11 @@ def print_table(
         table.add_column(name, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(value) for value in row))
-    console = Console(stderr=stderr)
+    # Not markup: a message may hold brackets of its own.
+    console = Console(stderr=stderr, markup=False)
     # Piped output has no width of its own; 80 columns would cut paths and numbers.
     if not console.is_terminal:
-        console = Console(width=160, stderr=stderr)
+        console = Console(width=160, stderr=stderr, markup=False)
     # Not the table's own title, which wraps at the width of a narrow table.
     if title:
         console.print(title, style="bold", markup=False, highlight=False)

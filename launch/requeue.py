@@ -46,9 +46,10 @@ def command(run: str, after: int | None, job_state: str) -> None:
 def _answer(folder: Path, code: int, job_state: str) -> None:
     """One line for the job script: `requeue CODE` or `exit CODE`."""
     verdict = decide(judge(folder, code, max_restarts_of(folder)), job_state)
-    what = "back into the queue" if verdict.requeue else "not started again"
+    left = "" if verdict.exit_code == ExitCode.PREEMPTED else "; not started again"
     if verdict.exit_code:
-        click.echo(f"weft: {verdict.reason}; {what}", err=True)
+        end = "; back into the queue" if verdict.requeue else left
+        click.echo(f"weft: {verdict.reason}{end}", err=True)
     click.echo(f"{'requeue' if verdict.requeue else 'exit'} {verdict.exit_code}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from ..trainer.metrics.records import METRICS_FILE, decode_record
 from ..trainer.run_lock import read_lock
 from .options import looks_like_run, plain_config
 from .slurm.scheduler import QueuedJob, accounted_states, queued_jobs
-from .slurm.submission import SubmittedJob, read_job
+from .slurm.submission import SubmittedJob, newest_step, read_job
 
 __all__ = ["RunState", "find_runs", "run_states"]
 
@@ -109,7 +108,7 @@ def _state(
         loss=record.get("loss"),
         tokens_per_s=speed if state == "running" else None,
         eta_s=eta,
-        saved_step=_saved_step(folder),
+        saved_step=newest_step(folder),
         goodput=goodput(folder, list(attempts)),
     )
 
@@ -143,7 +142,7 @@ def _words(
         return "not started", ""
     # A run from before there was a history of attempts.
     steps = (plain_config(folder).get("train") or {}).get("steps")
-    return ("finished" if _saved_step(folder) == steps else "ended"), ""
+    return ("finished" if newest_step(folder) == steps else "ended"), ""
 
 
 def _last_record(folder: Path) -> dict[str, Any]:
@@ -163,11 +162,3 @@ def _last_record(folder: Path) -> dict[str, Any]:
             return record
     return {}
 
-
-def _saved_step(folder: Path) -> int | None:
-    try:
-        text = (folder / "checkpoints" / "latest").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = re.search(r"step_(\d+)", text)
-    return int(found[1]) if found else None

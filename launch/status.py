@@ -120,7 +120,7 @@ def _row(s: RunState) -> list[str]:
 def _history_row(a: Attempt) -> list[str]:
     return [
         str(a.number),
-        f"{a.job_id}.{a.restart}" if a.job_id else a.host,
+        _job_of(a),
         str(a.world_size),
         time.strftime("%m-%d %H:%M:%S", time.localtime(a.start)),
         _duration(a.seconds),
@@ -129,6 +129,13 @@ def _history_row(a: Attempt) -> list[str]:
         (a.outcome or "running").replace("_", " "),
         a.reason,
     ]
+
+
+def _job_of(a: Attempt) -> str:
+    """Job and number of its restart; the host where there is no scheduler."""
+    if not a.job_id:
+        return a.host
+    return f"{a.job_id}{'' if a.array_task_id is None else f'_{a.array_task_id}'} #{a.restart}"
 
 
 def _duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -38,6 +39,7 @@ __all__ = [
     "Submission",
     "SubmittedJob",
     "check_free",
+    "newest_step",
     "read_job",
     "record_again",
     "resubmitted_script",
@@ -155,8 +157,13 @@ class Submission:
         Raises:
             ConfigError: a folder that holds another run, or one whose job is still there.
         """
-        for run in self.runs:
+        for config, run in zip(self.configs, self.runs, strict=True):
             check_free(run, is_resubmission=self.is_resubmission)
+            step = newest_step(run)
+            if step is not None and step >= config.train.steps:
+                raise ConfigError(
+                    f"{run} is finished: it stands at step {step} of train.steps={config.train.steps}; raise train.steps to go on"
+                )
         jobs = {run: job for run in self.runs if (job := read_job(run)) is not None}
         queued = queued_jobs([job.job_id for job in jobs.values()]) or {}
         for run, job in jobs.items():
@@ -215,6 +222,16 @@ class Submission:
                     "code": None if script.code is None else str(script.code),
                 },
             )
+
+
+def newest_step(run: Path) -> int | None:
+    """Step of the newest committed checkpoint, or None where nothing was saved."""
+    try:
+        text = (run / "checkpoints" / "latest").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"step_(\d+)", text)
+    return int(found[1]) if found else None
 
 
 def check_free(run: Path, *, is_resubmission: bool) -> None:
