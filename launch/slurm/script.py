@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ... import __version__
 from ...models.errors import ConfigError
 from .cluster import ClusterConfig
 
@@ -59,7 +58,6 @@ class JobScript:
         cluster, command = self.cluster, self._command()
         srun = [*self._container_of_srun(), *map(_quoted, cluster.srun)]
         return environment.get_template(TEMPLATE).render(
-            version=__version__,
             title=self.name,
             nodes=cluster.nodes,
             ranks=cluster.ranks,
@@ -117,8 +115,9 @@ class JobScript:
         yield f"--{option}{kind}{cluster.gpus_per_node}"
 
     def _mounts(self) -> list[str]:
-        folders = [self.cwd, *self.runs, *([self.code] if self.code else [])]
-        return [*dict.fromkeys(f"{f}:{f}" for f in folders), *self.cluster.container_mounts]
+        folders = {self.cwd, *self.runs, *([self.code] if self.code else [])}
+        outer = sorted(f for f in folders if not folders & set(f.parents))
+        return [*(f"{f}:{f}" for f in outer), *self.cluster.container_mounts]
 
     def _container_of_srun(self) -> list[str]:
         """Options of srun that put a rank into its container."""
