@@ -161,4 +161,3 @@ def _last_record(folder: Path) -> dict[str, Any]:
         if record is not None and "loss" in record:
             return record
     return {}
-

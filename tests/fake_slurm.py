@@ -31,7 +31,7 @@ class FakeSlurm:
         keep = f"cat > {shlex.quote(str(self.script))}\n" if command == "sbatch" else ""
         path.write_text(
             "#!/bin/bash\n"
-            f"echo {command} \"$@\" >> {shlex.quote(str(self.folder / 'calls'))}\n"
+            f'echo {command} "$@" >> {shlex.quote(str(self.folder / "calls"))}\n'
             f"{keep}"
             f"printf '%s' {shlex.quote(output + chr(10) if output else '')}\n"
             f"printf '%s' {shlex.quote(error)} >&2\n"

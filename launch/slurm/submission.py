@@ -181,7 +181,8 @@ class Submission:
             LaunchError: the scheduler refused; nothing of what was written stays.
         """
         find_sbatch()
-        self.check()
+        with writable(self.folder):
+            self.check()
         code = find_code()
         script = self.script(code)
         text = script.render()

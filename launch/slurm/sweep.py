@@ -106,4 +106,4 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
 
 def _plain(value: str) -> str:
     """A value as part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-") or "empty"
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", value.strip("[]{}'\" ")) or "empty"

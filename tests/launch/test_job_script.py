@@ -205,7 +205,9 @@ def test_what_the_ranks_inherit(job: Job, slurm: FakeSlurm, tmp_path: Path) -> N
     slurm.program("srun", f"env > {tmp_path}/env")
     slurm.answer("squeue", "2030-01-02T03:04:05")
     job.run(SLURM_RESTART_COUNT="2", TZ="UTC")
-    env = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
+    env = dict(
+        line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line
+    )
     assert not {"RANK", "MASTER_PORT", "TMPDIR"} & set(env)
     assert env["TRITON_CACHE_DIR"] == f"/tmp/weft-{os.getuid()}/triton"
     assert env["WEFT_JOB_END_TIME"] == "1893553445"
@@ -275,7 +277,14 @@ def test_a_task_of_an_array_is_requeued_by_its_own_name(
     other = tmp_path / "other"
     other.mkdir()
     script = JobScript(
-        "x", [other, job.run_dir], tmp_path, None, tmp_path, sys.executable, ClusterConfig(), array="0-1"
+        "x",
+        [other, job.run_dir],
+        tmp_path,
+        None,
+        tmp_path,
+        sys.executable,
+        ClusterConfig(),
+        array="0-1",
     )
     job.path.write_text(script.render())
     slurm.answer("srun", code=76)
