@@ -132,5 +132,6 @@ def _report(
             "torchrun --nproc-per-node 2 -m weft train olmo2/quickstart run.dir=runs/two",
             "on several processes or GPUs",
         ),
+        ("weft submit olmo2/1b --nodes 4 --gpus-per-node 8 --dry-run", "submit it to a cluster"),
     ):
         click.echo(f"  {line:<76} {what}")

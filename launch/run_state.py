@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ __all__ = ["RunState", "find_runs", "run_states"]
 
 DEEPEST = 3
 TAIL_BYTES = 64 * 1024
+JUST_S = 60
 OUTCOMES = {"time_limit": "time limit", "rank_lost": "rank lost", "policy": "stopped by policy"}
 
 
@@ -128,7 +130,8 @@ def _words(
     if is_alive:
         return "running", ""
     if found is not None:
-        return ("ending" if found.state == "COMPLETING" else "starting"), ""
+        is_over = found.state == "COMPLETING" or _has_just_ended(found, attempts)
+        return ("ending" if is_over else "starting"), ""
     if job is not None and _is_newer(job, attempts):
         if queued is None:
             return "submitted", "the scheduler cannot be asked here"
@@ -143,6 +146,14 @@ def _words(
     # A run from before there was a history of attempts.
     steps = (plain_config(folder).get("train") or {}).get("steps")
     return ("finished" if newest_step(folder) == steps else "ended"), ""
+
+
+def _has_just_ended(job: QueuedJob, attempts: Sequence[Attempt]) -> bool:
+    """Whether the job's ranks are through, and its shell is not yet."""
+    last = attempts[-1] if attempts else None
+    if last is None or last.end is None or last.job_id != job.job_id.partition("_")[0]:
+        return False
+    return time.time() - last.end < JUST_S
 
 
 def _last_record(folder: Path) -> dict[str, Any]:

@@ -150,6 +150,29 @@ def test_a_scheduler_that_has_forgotten_the_job(slurm: FakeSlurm, weft: Weft) ->
     assert states(weft)["a"]["state"] == "submitted"
 
 
+def test_a_job_whose_ranks_are_through_is_ending(slurm: FakeSlurm, weft: Weft) -> None:
+    now = [{**e, "time": time.time()} for e in ended("stopped", 75)]
+    make_run("a", *now, job="7")
+    slurm.answer("squeue", "7|RUNNING|None")
+    assert states(weft)["a"]["state"] == "ending"
+
+
+def test_watching_shows_it_again(
+    slurm: FakeSlurm, weft: Weft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run("a")
+    naps = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("weft.launch.status.time.sleep", sleep)
+    code, out, _ = weft("status", "--watch", "--every", "3")
+    assert (code, naps, out.count("runs/a")) == (130, [3.0, 3.0], 2)
+
+
 def test_a_running_run_has_speed_and_eta(slurm: FakeSlurm, weft: Weft) -> None:
     run = make_run("a", START, steps=40, saved=20)
     lock = RunLock(run)
