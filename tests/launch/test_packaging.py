@@ -51,7 +51,8 @@ def source_files(pattern: str) -> set[str]:
 def test_the_wheel_holds_the_tree_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     root = {"weft/__init__.py", "weft/__main__.py"}
-    assert names == source_files("*.py") | source_files("*.yaml") | root
+    files = [source_files(pattern) for pattern in ("*.py", "*.yaml", "*.j2", "*.sh")]
+    assert names == set().union(*files) | root
     assert "weft/launch/recipes/olmo2/quickstart.yaml" in names
 
 

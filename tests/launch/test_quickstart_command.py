@@ -142,7 +142,7 @@ def test_what_to_try_next_can_be_typed(
 ) -> None:
     monkeypatch.chdir(folder)
     lines = suggestions(said)
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
         arguments = weft_arguments(line)
         parse(arguments)
