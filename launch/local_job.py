@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ..models.errors import ConfigError
-from ..trainer.attempts import judge
+from ..trainer.attempts import attempts_so_far
 from .local import LocalRanks
-from .options import max_restarts_of
+from .requeue import judge_start
 
 if TYPE_CHECKING:
     from .slurm.submission import Submission
@@ -54,15 +55,18 @@ def run_here(submission: Submission) -> int:
 
 
 def _run_with_restarts(run: Path, ranks: int) -> int:
-    for start in range(sys.maxsize):
+    unopened = 0
+    for start in itertools.count():
+        before = attempts_so_far(run)
         code = _run_once(run, ranks, start)
-        verdict = judge(run, code, max_restarts_of(run))
+        unopened = 0 if attempts_so_far(run) > before else unopened + 1
+        verdict = judge_start(run, code, unopened)
         if not verdict.requeue:
             if verdict.exit_code:
                 click.echo(f"weft: {run}: {verdict.reason}", err=True)
             return verdict.exit_code
         click.echo(f"weft: {run}: {verdict.reason}; starting it again", err=True)
-    return 0
+    raise AssertionError("the count of starts has no end")
 
 
 def _run_once(run: Path, ranks: int, start: int) -> int:

@@ -5,18 +5,20 @@ The job script asks after every end, while the scheduler may be ending the job, 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import click
 
 from ..models.errors import LaunchError
-from ..trainer.attempts import Verdict, judge
+from ..trainer.attempts import STARTS_OF_A_LOOP, Verdict, judge, read_attempts
 from ..trainer.exit_codes import ExitCode
 from .options import max_restarts_of, run_argument, run_folder
 
-__all__ = ["command", "decide"]
+__all__ = ["command", "decide", "judge_start"]
 
+FINAL = (ExitCode.USER_ERROR, ExitCode.POLICY, ExitCode.STOPPED, ExitCode.INTERRUPTED)
 ALIVE = ("RUNNING", "SUSPENDED", "STOPPED", "")
 NOT_SET = ("", "None", "N/A", "Unknown", "UNLIMITED", "Partition_Limit")
 
@@ -45,12 +47,37 @@ def command(run: str, after: int | None, job_state: str) -> None:
 
 def _answer(folder: Path, code: int, job_state: str) -> None:
     """One line for the job script: `requeue CODE` or `exit CODE`."""
-    verdict = decide(judge(folder, code, max_restarts_of(folder)), job_state)
+    verdict = decide(judge_start(folder, code, _unopened_starts(folder)), job_state)
     left = "" if verdict.exit_code == ExitCode.PREEMPTED else "; not started again"
     if verdict.exit_code:
         end = "; back into the queue" if verdict.requeue else left
         click.echo(f"weft: {verdict.reason}{end}", err=True)
     click.echo(f"{'requeue' if verdict.requeue else 'exit'} {verdict.exit_code}")
+
+
+def _unopened_starts(folder: Path) -> int:
+    """Starts of this job, this one included, since the last that came as far as to be in the run's history."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    if job is None:
+        return 0
+    return restart - max((a.restart for a in read_attempts(folder) if a.job_id == job), default=-1)
+
+
+def judge_start(folder: Path, code: int, unopened: int) -> Verdict:
+    """The judgement of one start, which may have failed before it was in the run's history.
+
+    Args:
+        code: of the ranks.
+        unopened: starts in a row, this one included, that are not in the history; of these it knows nothing.
+    """
+    if unopened == 0 or code == 0:
+        return judge(folder, code, max_restarts_of(folder))
+    reason = f"the ranks ended with {code} before the run was opened"
+    if unopened >= STARTS_OF_A_LOOP:
+        look = f"crash loop: {unopened} starts in a row; look with: weft logs {folder}"
+        return Verdict(False, ExitCode.CRASH_LOOP, f"{reason}; {look}")
+    return Verdict(code not in FINAL and code != ExitCode.PREEMPTED, code, reason)
 
 
 def decide(verdict: Verdict, job_state: str) -> Verdict:

@@ -228,7 +228,7 @@ def test_a_crash_is_requeued_within_the_budget_and_then_not(job: Job, slurm: Fak
     slurm.answer("srun", code=1)
     slurm.answer("scontrol", RUNNING)
     job.write_attempts(
-        {"event": "start"},
+        {"event": "start", "job_id": "42"},
         {"event": "opened", "step": 0, "train_seconds": 0.0},
         {"event": "saved", "step": 5, "seconds": 0.1},
         {"event": "end", "outcome": "error", "exit_code": 1, "reason": "ValueError: no"},
@@ -269,6 +269,23 @@ def test_the_scheduler_has_the_last_word(
     done = job.run()
     assert done.returncode == code
     assert ("scontrol requeue 42" in slurm.calls) == requeued
+
+
+def test_starts_that_never_open_the_run_do_not_go_on_for_ever(job: Job, slurm: FakeSlurm) -> None:
+    slurm.answer("srun", code=1)
+    slurm.answer("scontrol", RUNNING)
+    first = job.run()
+    assert (first.returncode, "before the run was opened; back into the queue" in first.stderr) == (
+        1,
+        True,
+    )
+    second = job.run(SLURM_RESTART_COUNT="1")
+    assert second.returncode == 5
+    assert "crash loop: 2 starts in a row" in second.stderr
+    # One that was opened in between begins the count anew.
+    job.write_attempts({"event": "start", "job_id": "42", "restart": 1})
+    assert job.run(SLURM_RESTART_COUNT="2").returncode == 1
+    assert slurm.calls.count("scontrol requeue 42") == 2
 
 
 def test_a_task_of_an_array_is_requeued_by_its_own_name(

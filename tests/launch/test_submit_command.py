@@ -17,6 +17,7 @@ from weft.launch import cli, local_job
 from weft.launch.slurm.snapshot import find_code
 from weft.launch.slurm.sweep import combinations
 from weft.models.errors import ConfigError
+from weft.trainer.attempts import AttemptLog
 from weft.trainer.configuration.load import load_run_config
 from weft.trainer.run_lock import RunLock
 
@@ -414,6 +415,7 @@ class Ranks:
 
     codes: list[int]
     starts: list[list[str]]
+    opens = True
 
     def __init__(self, arguments: list[str], ranks: int, prefix: Path, *, logs: list[Path]) -> None:
         Ranks.starts.append(arguments)
@@ -421,6 +423,13 @@ class Ranks:
         for log in logs:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text("hello\n")
+        if Ranks.opens:
+            # As a run that saved something new each time.
+            number = len(Ranks.starts)
+            history = AttemptLog(Path(arguments[-1]), number)
+            history.write("start")
+            history.write("opened", step=number, train_seconds=0.0)
+            history.write("saved", step=number + 1, seconds=0.0)
 
     def is_running(self) -> bool:
         return False
@@ -431,7 +440,7 @@ class Ranks:
 
 @pytest.mark.parametrize(
     ("codes", "ends", "starts"),
-    [([0], 0, 1), ([-9, 0], 0, 2), ([2], 2, 1), ([75], 75, 1), ([76, 76, 0], 0, 3)],
+    [([0], 0, 1), ([-9, 0], 0, 2), ([2], 2, 1), ([75], 75, 1), ([76, 76, 0], 0, 3), ([1, 1], 5, 2)],
 )
 def test_a_job_of_this_machine_is_judged_like_any(
     slurm: FakeSlurm,
@@ -442,7 +451,7 @@ def test_a_job_of_this_machine_is_judged_like_any(
     starts: int,
 ) -> None:
     monkeypatch.setattr(local_job, "LocalRanks", Ranks)
-    Ranks.codes, Ranks.starts = list(codes), []
+    Ranks.codes, Ranks.starts, Ranks.opens = list(codes), [], codes != [1, 1]
     code, out, _ = weft("submit", "olmo2/debug", "--local", "run.dir=a")
     assert (code, len(Ranks.starts)) == (ends, starts)
     assert out == "hello\n" * starts
