@@ -51,8 +51,15 @@ def _answer(folder: Path, code: int, job_state: str) -> None:
     left = "" if verdict.exit_code == ExitCode.PREEMPTED else "; not started again"
     if verdict.exit_code:
         end = "; back into the queue" if verdict.requeue else left
-        click.echo(f"weft: {verdict.reason}{end}", err=True)
+        click.echo(f"weft: {verdict.reason}{_where(verdict)}{end}", err=True)
     click.echo(f"{'requeue' if verdict.requeue else 'exit'} {verdict.exit_code}")
+
+
+def _where(verdict: Verdict) -> str:
+    """The nodes, where they may be what failed."""
+    nodes = os.environ.get("SLURM_JOB_NODELIST")
+    is_suspect = verdict.exit_code in (ExitCode.MACHINE, ExitCode.HANG)
+    return f"; nodes {nodes}, to leave some out: --exclude" if nodes and is_suspect else ""
 
 
 def _unopened_starts(folder: Path) -> int:

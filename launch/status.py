@@ -29,7 +29,7 @@ Examples:
   weft status --json
 """
 COLUMNS = ["run", "job", "state", "start", "step", "loss", "tokens/s", "ETA", "saved", "goodput"]
-HISTORY = ["start", "job", "ranks", "began", "lasted", "steps", "saved", "ended", "why"]
+HISTORY = ["start", "job", "on", "ranks", "began", "lasted", "steps", "saved", "ended", "why"]
 
 
 @click.command(epilog=EXAMPLES)
@@ -87,7 +87,7 @@ def _show(folders: list[Path], is_one: bool, as_json: bool) -> None:
     if states[0].reason:
         click.echo(f"{states[0].state}: {states[0].reason}")
     if attempts := read_attempts(folders[0]):
-        print_table("", HISTORY, [_history_row(a) for a in attempts], right=(0, 2, 4, 6))
+        print_table("", HISTORY, [_history_row(a) for a in attempts], right=(0, 3, 5, 7))
 
 
 def _strict(value: Any) -> Any:
@@ -121,6 +121,7 @@ def _history_row(a: Attempt) -> list[str]:
     return [
         str(a.number),
         _job_of(a),
+        ",".join(a.nodes) if isinstance(a.nodes, list) and a.nodes else str(a.nodes or a.host),
         str(a.world_size),
         time.strftime("%m-%d %H:%M:%S", time.localtime(a.start)),
         _duration(a.seconds),
@@ -132,9 +133,9 @@ def _history_row(a: Attempt) -> list[str]:
 
 
 def _job_of(a: Attempt) -> str:
-    """Job and number of its restart; the host where there is no scheduler."""
+    """Job and number of its restart; nothing where there is no scheduler."""
     if not a.job_id:
-        return a.host
+        return ""
     return f"{a.job_id}{'' if a.array_task_id is None else f'_{a.array_task_id}'} #{a.restart}"
 
 

@@ -288,6 +288,12 @@ def test_starts_that_never_open_the_run_do_not_go_on_for_ever(job: Job, slurm: F
     assert slurm.calls.count("scontrol requeue 42") == 2
 
 
+def test_where_the_machine_failed_its_nodes_are_named(job: Job, slurm: FakeSlurm) -> None:
+    slurm.answer("srun", code=4)
+    slurm.answer("scontrol", RUNNING)
+    assert "; nodes n1, to leave some out: --exclude; back into the queue" in job.run().stderr
+
+
 def test_a_task_of_an_array_is_requeued_by_its_own_name(
     tmp_path: Path, job: Job, slurm: FakeSlurm
 ) -> None:
