@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .batch import IGNORED, PackedBatch
     from .build import build_model, build_task
-    from .task import InitSpec, LossOutput, LossTerm, ParameterGroup, Task
+    from .task import BaseWeights, InitSpec, LossOutput, LossTerm, ParameterGroup, Task
 
 __all__ = [
     "IGNORED",
+    "BaseWeights",
     "InitSpec",
     "LossOutput",
     "LossTerm",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .batch import PackedBatch
 
-__all__ = ["InitSpec", "LossOutput", "LossTerm", "ParameterGroup", "Task"]
+__all__ = ["BaseWeights", "InitSpec", "LossOutput", "LossTerm", "ParameterGroup", "Task"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,24 @@ class ParameterGroup:
     weight_decay: bool = True
     lr_scale: float = 1.0
     phase: str = "train"
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """Parameters that come from another run's checkpoint instead of being drawn.
+
+    Args:
+        source: run folder or checkpoint folder; one from elsewhere is imported first (`weft convert import`).
+        parameters: logical name here -> `network/dotted.name` there; shapes must be equal.
+        stays_there: they are frozen, and this run's checkpoints name them by their hash instead of holding a copy.
+            Otherwise they are only what a new run starts from.
+        key: of the configuration, for messages.
+    """
+
+    source: str
+    parameters: Mapping[str, str]
+    stays_there: bool
+    key: str
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,10 @@ class Task(ABC):
     @abstractmethod
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs (forward and backward) of one position, by the family's published formula."""
+
+    def base_weights(self, networks: Mapping[str, nn.Module]) -> list[BaseWeights]:
+        """Parameters that other runs supply."""
+        return []
 
     def phases(self, step: int) -> Sequence[str]:
         """Phases of this step, in order. Each is a backward and an update of its own groups."""

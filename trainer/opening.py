@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..models import build_task
 from ..models.errors import CheckpointError, ConfigError
 from ..models.task import Task
+from .base_weights import load_base_weights
 from .checkpoint.manager import CheckpointManager
 from .checkpoint.reading import find_checkpoint
 from .configuration.load import config_hash
@@ -49,11 +50,14 @@ def open_run(
         supervision.event("saved", step=step, seconds=seconds, train_seconds=run.state.seconds)
 
     checkpoints = CheckpointManager(config.run_dir, config.checkpoint, topology, on_commit)
-    state = TrainState()
+    state, is_new, known = TrainState(), True, {}
     if resume:
-        state = restore(engine, checkpoints, data, config)
-    elif config.checkpoint.start_from:
+        restored = restore(engine, checkpoints, data, config)
+        if restored is not None:
+            state, is_new, known = restored.train, False, restored.base_weights
+    if is_new and config.checkpoint.start_from:
         start_from(engine, checkpoints, config)
+    base_weights = load_base_weights(task, engine, checkpoints, is_new=is_new, known=known)
     if state.step >= config.train.steps:
         raise ConfigError(
             f"{config.run_dir} is finished: it stands at step {state.step} of train.steps={config.train.steps}; raise train.steps to go on"
@@ -92,6 +96,7 @@ def open_run(
             "data": {"fingerprint": data.fingerprint, "seed": config.run.seed},
             "config_hash": config_hash(config),
             "engine_name": config.parallel.engine,
+            "base_weights": base_weights,
         },
         supervision=supervision,
     )
@@ -126,8 +131,9 @@ def rewind(run: Run, data: Dataset, path: Path) -> None:
     """Collective: everything back to a checkpoint of the same attempt, but what the run has learnt about its data."""
     run.loader.close()
     restored = restore(run.engine, run.checkpoints, data, run.config, path)
+    assert restored is not None
     run.state = replace(
-        restored,
+        restored.train,
         rollbacks=run.state.rollbacks,
         non_finite_steps=run.state.non_finite_steps,
         left_out=run.state.left_out,
@@ -152,19 +158,27 @@ def evaluation_values(
     return found.as_metrics() if found else {}
 
 
+@dataclass(frozen=True)
+class Restored:
+    """Where a run stands, and the hashes of the weights it has from other runs."""
+
+    train: TrainState
+    base_weights: dict[str, str]
+
+
 def restore(
     engine: Engine,
     checkpoints: CheckpointManager,
     data: Dataset,
     config: TrainingConfig,
     path: Path | None = None,
-) -> TrainState:
-    """Collective: a checkpoint into the engine, the newest sound one by default; a run that never saved starts from the beginning."""
+) -> Restored | None:
+    """Collective: a checkpoint into the engine, the newest sound one by default; None for a run that never saved."""
     path = path or checkpoints.find_latest()
     if path is None:
         if (config.run_dir / METRICS_FILE).exists():
             log.warning("%s has no complete checkpoint; starting from step 0", config.run_dir)
-        return TrainState()
+        return None
     loaded = checkpoints.load(path, engine.state_shards(), complete=True)
     data.check_fingerprint(loaded.state["data"]["fingerprint"])
     if loaded.state["data"]["seed"] != config.run.seed:
@@ -173,9 +187,8 @@ def restore(
         )
     engine.load_scalar_state(loaded.state["engine"])
     known = {item.name for item in fields(TrainState)}
-    return TrainState(
-        **{name: value for name, value in loaded.state["train"].items() if name in known}
-    )
+    progress = {name: value for name, value in loaded.state["train"].items() if name in known}
+    return Restored(TrainState(**progress), loaded.state.get("base_weights", {}))
 
 
 def start_from(engine: Engine, checkpoints: CheckpointManager, config: TrainingConfig) -> None:

@@ -16,6 +16,7 @@ import torch
 from ..models import build_task
 from ..models.errors import CheckpointError
 from ..models.task import Task
+from .base_weights import load_base_weights
 from .checkpoint.manager import CheckpointManager
 from .configuration.load import load_run_config
 from .configuration.schema import TrainingConfig
@@ -76,6 +77,8 @@ def open_trained(
         engine = build_engine(task, config, topology, trains=False)
         weights = [shard for shard in engine.state_shards() if shard.name.startswith("parameters/")]
         loaded = manager.load(path, weights)
+        known = loaded.state.get("base_weights", {})
+        load_base_weights(task, engine, manager, is_new=False, known=known)
     finally:
         manager.close()
     return TrainedRun(folder, config, topology, task, engine, loaded.step, loaded.state)

@@ -112,7 +112,14 @@ class Engine(ABC):
 
     @abstractmethod
     def state_shards(self) -> list[TensorShard]:
-        """Everything that must survive, as ranges of logical tensors held by this rank."""
+        """Everything that must survive, as ranges of logical tensors held by this rank.
+
+        Parameters whose weights stay in another run (`BaseWeights.stays_there`) are not among them.
+        """
+
+    @abstractmethod
+    def base_shards(self) -> list[TensorShard]:
+        """Parameters whose weights stay in another run, as ranges held by this rank; nobody writes them."""
 
     @abstractmethod
     def scalar_state(self) -> dict[str, Any]:

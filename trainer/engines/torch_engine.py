@@ -63,6 +63,7 @@ class TorchEngine(Engine):
         self.groups = task.parameter_groups(self.networks)
         self._group_of = {name: group for group in self.groups for name in group.parameters}
         self._mark_frozen_and_sparse()
+        self._based = self._find_based()
         blocks = task.blocks(self.networks)
         _wrap_blocks(blocks, parallel)
         self.mesh = make_mesh(self.strategy, parallel, topology)
@@ -103,6 +104,15 @@ class TorchEngine(Engine):
         self._sparse = {
             n: p for n, p in named.items() if self._group_of[n].algorithm == "row_sparse_adam"
         }
+
+    def _find_based(self) -> list[str]:
+        """Names of parameters whose weights stay in another run."""
+        bases = self.task.base_weights(self.networks)
+        names = [name for base in bases if base.stays_there for name in base.parameters]
+        for name in names:
+            if self._group_of[name].algorithm != "frozen":
+                raise ConfigError(f"{name} is trained, so its weights cannot stay in another run")
+        return names
 
     def _materialise(self) -> None:
         for network in self.networks.values():
@@ -269,6 +279,8 @@ class TorchEngine(Engine):
         shards: list[TensorShard] = []
         written = [0] * max(1, self.topology.world_size)
         for name, item in self.parameters.items():
+            if name in self._based:
+                continue
             item.refresh()
             place = flat_range(item.parameter, self.topology)
             kinds = {f"parameters/{name}": item.leaf.data}
@@ -297,6 +309,16 @@ class TorchEngine(Engine):
                         self.topology.is_main,
                     )
                 )
+        return shards
+
+    def base_shards(self) -> list[TensorShard]:
+        shards = []
+        for name in self._based:
+            item = self.parameters[name]
+            item.refresh()
+            start = flat_range(item.parameter, self.topology).start
+            shape = tuple(item.parameter.shape)
+            shards.append(TensorShard(f"parameters/{name}", shape, start, item.leaf.data, False))
         return shards
 
     def scalar_state(self) -> dict[str, Any]:
