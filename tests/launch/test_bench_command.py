@@ -1,4 +1,4 @@
-"""`weft bench train` measures everything it reports; how fast anything is here is not its tests' business."""
+"""`weft bench train` and `restarts` measure everything they report; how fast anything is here is not the tests' business."""
 
 from __future__ import annotations
 
@@ -103,3 +103,29 @@ def test_fewer_steps_than_a_turn_needs_are_refused() -> None:
     result = CliRunner().invoke(command, ["train", "olmo2/debug", "--steps", "3"])
     assert result.exit_code == 2
     assert "--steps" in result.output
+
+
+def test_restarts_are_measured_on_real_ranks(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, train__steps=100_000)
+    path = tmp_path / "restarts.json"
+    result = CliRunner().invoke(
+        command,
+        ["restarts", str(recipe), "--ranks", "2", "--json", str(path)],
+        standalone_mode=False,
+    )
+    assert result.exception is None, result.output
+    numbers = json.loads(path.read_text())
+    assert (numbers["recipe"], numbers["ranks"]) == (str(recipe), 2)
+    seconds = {name: value for name, value in numbers.items() if name.endswith("_s")}
+    assert len(seconds) == 8
+    assert all(0 < value < 300 for value in seconds.values()), seconds
+    assert seconds["save_s"] < seconds["signal_to_exit_s"]
+    assert "% of a step" in result.stdout
+
+
+def test_a_run_that_cannot_be_measured_says_why(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, train__steps=2, schedule__warmup_steps=0)
+    result = CliRunner().invoke(
+        command, ["restarts", str(recipe), "--ranks", "1"], standalone_mode=False
+    )
+    assert "the run came to no step 12; its output ends:" in str(result.exception)
