@@ -32,10 +32,13 @@ def measure_agreement(topology: Topology) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, StopRequest(Path(folder)) as stop:
         limits = WatchdogConfig()
         with Watchdog(limits, Path(folder), attempt=1) as watchdog:
-            looks = [
-                _seconds(lambda: (watchdog.enter("step"), stop.is_asked(), stop.take_save()))
-                for _ in range(ROUNDS)
-            ]
+
+            def look() -> None:
+                watchdog.enter("step")
+                stop.is_asked()
+                stop.take_save()
+
+            looks = [_seconds(look) for _ in range(ROUNDS)]
     return {
         "reduction_s": statistics.median(with_flags),
         "reduction_without_s": statistics.median(without),
