@@ -32,6 +32,7 @@ CHAPTERS = {
         "train": ("train", "train a recipe, or go on with a run"),
     },
     "Before a run": {
+        "doctor": ("doctor", "what is wrong with this machine, or with a job's nodes"),
         "plan": ("plan", "parameters, FLOPs, memory and time of a recipe"),
         "data": ("data", "prepare datasets, look at what training will see"),
         "convert": ("convert", "to and from Hugging Face checkpoints"),
