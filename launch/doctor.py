@@ -63,12 +63,16 @@ def command(
             f"there is no folder {Path(exclude_file).parent} for {exclude_file}",
             param_hint="--exclude-file",
         )
+    # What torch's C++ side has to say of a rank that does not come fills screens.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     context = Context(find_place(), Path(run_dir), is_quick=quick, limit_s=limit_s)
     found = examine(context)
     if exclude_file and context.place.rank == 0:
         write_text(Path(exclude_file), "".join(f"{host}\n" for host in found.unfit_hosts))
-    if found.lines:
-        click.echo(json.dumps(found.to_dict(), indent=1)) if as_json else _print(found)
+    if found.lines and as_json:
+        click.echo(json.dumps(found.to_dict(), indent=1))
+    elif found.lines:
+        _print(found)
     _leave(found.exit_code, context.place.world_size)
     return found.exit_code
 

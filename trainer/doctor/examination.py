@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.errors import WeftError
 from .context import Context
-from .findings import Finding, Line, exit_code, fail, merge, skipped, unfit_hosts
+from .findings import UNKNOWN, Finding, Line, exit_code, fail, merge, skipped, unfit_hosts
 
 if TYPE_CHECKING:
     from .meeting import Meeting
@@ -120,7 +120,9 @@ def _alone(context: Context, findings: list[Finding]) -> Examination:
 
 def _met_nobody(error: Exception) -> Finding:
     if isinstance(error, WeftError):
-        return fail("ranks", str(error), "look at rank 0's output, and open the way to that port")
+        mend = "look at rank 0's output, and open the way to that port"
+        # It may be rank 0's node, or any between.
+        return fail("ranks", str(error), mend, hosts=[UNKNOWN])
     return _broken("ranks", error)
 
 

@@ -119,12 +119,10 @@ def check_triton_cache(context: Context) -> Finding:
     folder = Path(given) if given else Path.home() / ".triton" / "cache"
     kind = file_system_of(nearest_folder(folder))
     found = f"{folder} is on {kind}"
-    if kind.split(".")[0] in NETWORK and (
-        context.place.world_size > 1 or kind.startswith(("nfs", "lustre"))
-    ):
+    if kind.startswith(NETWORK):
         return warn(
             "triton cache",
-            f"{found}, which several nodes corrupt",
+            f"{found}, which is slow and which several nodes corrupt",
             "export TRITON_CACHE_DIR=/tmp/$USER/triton (weft submit does)",
         )
     if not os.access(nearest_folder(folder), os.W_OK):

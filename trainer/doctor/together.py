@@ -38,6 +38,7 @@ SLOW = 1.3
 """A rank that takes this much longer than the median for the same work is slow; 2 times as much fails."""
 VALUES, QUICK_VALUES = 16 << 20, 1 << 20
 VISIBLE_WITHIN_S = 5.0
+HUNG = "hung"
 
 
 def check_presence(context: Context, meeting: Meeting, host_of: Mapping[int, str]) -> list[Finding]:
@@ -214,7 +215,7 @@ def check_all_reduce(
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(meeting.limit_s)
-    outcome = result or {"error": "hung"}
+    outcome = result or {"error": HUNG}
     came = meeting.gather("all_reduce", outcome)
     if context.place.rank:
         return []
@@ -230,19 +231,26 @@ def check_all_reduce(
                 f"{size >> 20} MiB over {len(came)} ranks ({came[0]['backend']}) right, {seconds * 1e3:.1f} ms, {bus / 1e9:.2f} GB/s a rank",
             )
         ]
-    where = {rank: meeting.last_word(rank) for rank in host_of}
-    outside = [rank for rank, word in where.items() if word != "all-reduce: inside"]
-    suspects = outside if bad.keys() - set(outside) else sorted(bad)
-    first = next(iter(bad.values()))
-    return [
-        fail(
-            "all-reduce",
-            f"{_ranks(suspects)} on {_few(list(dict.fromkeys(host_of[r] for r in suspects)))}: "
-            f"{'never entered it' if outside and suspects == outside else first} ({len(bad)} of {len(host_of)} ranks did not end it within {meeting.limit_s:g} s)",
-            "set NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME to the network between nodes, open its ports, or leave the nodes out; NCCL_DEBUG=INFO tells more",
-            hosts=list(dict.fromkeys(host_of[r] for r in suspects)),
-        )
-    ]
+    return [_blame_for_reduce(bad, meeting, host_of)]
+
+
+def _blame_for_reduce(
+    bad: Mapping[int, str], meeting: Meeting, host_of: Mapping[int, str]
+) -> Finding:
+    """Ranks that never entered keep all others inside; only where all entered is it those that failed."""
+    outside = [r for r in host_of if r in bad and "inside" not in meeting.last_word(r)]
+    hung = [r for r, error in bad.items() if error == HUNG]
+    suspects = outside if outside and hung else sorted(bad)
+    hosts = list(dict.fromkeys(host_of[r] for r in suspects))
+    what = "never entered it" if suspects == outside else bad[suspects[0]]
+    waited = f"; {len(hung)} of {len(host_of)} ranks waited {meeting.limit_s:g} s" if hung else ""
+    return fail(
+        "all-reduce",
+        f"{_ranks(suspects)} on {_few(hosts)}: {what}{waited}",
+        "set NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME to the network between nodes, open its ports, "
+        "or leave the nodes out; NCCL_DEBUG=INFO tells more",
+        hosts=hosts,
+    )
 
 
 def _all_reduce(context: Context, meeting: Meeting) -> dict[str, Any]:
