@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .bench_kernels import kernels_command
+from .bench_memory import memory_command
 from .bench_restarts import restarts_command
 from .options import load_recipe, print_table
 
@@ -28,6 +29,7 @@ Examples:
   weft bench train olmo2/debug --steps 20 --json bench.json
   weft bench restarts --ranks 4
   weft bench kernels --op selective_scan
+  weft bench memory olmo2/debug --ranks 2 parallel.strategy=fsdp
 """
 
 
@@ -38,6 +40,7 @@ def command() -> None:
 
 command.add_command(kernels_command)
 command.add_command(restarts_command)
+command.add_command(memory_command)
 
 
 @command.command("train", epilog="\b\nExample:\n  weft bench train olmo2/quickstart --steps 8")

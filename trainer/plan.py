@@ -6,36 +6,46 @@ Nothing is allocated and torch is not imported, so that it answers on a login no
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..models.errors import ConfigError
 from .configuration.checks import check_against_world
 from .configuration.schema import TrainingConfig
+from .planning.communication import Communication, count_communication
+from .planning.layouts import describe, propose_layouts
+from .planning.memory import (
+    MASTER_BYTES,
+    MOMENT_BYTES,
+    SLACK,
+    Memory,
+    count_memory,
+    resolve_layout,
+)
 
 __all__ = [
     "ASSUMPTIONS",
     "Hardware",
     "Memory",
     "Plan",
+    "Proposal",
     "plan_run",
     "plan_scaling",
-    "suggest_fitting",
+    "propose",
+    "propose_more",
 ]
 
 GB = 1e9
 MOST_GPUS = 8192
 FIXED_BYTES = int(2.5 * GB)
 """CUDA context, communication buffers, cuBLAS and compiler workspaces of one process."""
-SLACK = 0.05
-"""Share of the allocated bytes that the allocator loses to fragmentation."""
-COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
-MASTER_BYTES = MOMENT_BYTES = 4
+RECOMPUTE_TIME = {"none": 0.0, "selective": 0.03, "block": 1 / 3}
+"""Share of a step that recomputation adds: a block's forward pass is a third of its work, without products little of it."""
 
 ASSUMPTIONS = (
     "FLOPs: 6 a multiplied parameter and 12*L*H*hd*S for attention, without a causal discount; recomputation is not counted",
     "weights, gradients and both Adam moments are fp32; fsdp and hsdp split them over the ranks that share one copy",
+    "fsdp and hsdp keep whole gradients between the micro-batches of a step, since only the last one communicates",
     "hashed n-gram tables are held whole by every rank, and their gradient has the rows of one micro-batch",
     "activations are those of eager PyTorch with flash attention; parallel.compile needs less",
     f"each GPU loses {FIXED_BYTES / GB:.1f} GB to CUDA, NCCL and workspaces, and {SLACK:.0%} of the rest to fragmentation",
@@ -45,28 +55,27 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Hardware:
-    """The GPUs the run is planned for; the peak is that of the compute type, dense."""
+    """What the run is planned for.
+
+    Args:
+        memory_bytes: of one GPU.
+        peak_flops: dense peak of one GPU in the compute type.
+        mfu: share of the peak that training reaches.
+        link_bytes_per_s: one GPU's to other nodes; node_link_bytes_per_s: to GPUs of its own node.
+        disk_bytes_per_s: of the run folder, all ranks writing together.
+        zero_stage: plan for DeepSpeed at this ZeRO stage; None for the configured strategy.
+        offload: DeepSpeed's: none, optimizer or all.
+    """
 
     memory_bytes: float = 80 * GB
     peak_flops: float = 989.5e12
     mfu: float = 0.4
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU at the peak of a step."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    compute_copies: int
-    activations: dict[str, int]
-    fixed: int
-
-    @property
-    def total(self) -> int:
-        held = self.parameters + self.gradients + self.optimizer + self.compute_copies
-        return int((held + sum(self.activations.values())) * (1 + SLACK)) + self.fixed
+    link_bytes_per_s: float = 50 * GB
+    node_link_bytes_per_s: float = 300 * GB
+    gpus_per_node: int = 8
+    disk_bytes_per_s: float = 2 * GB
+    zero_stage: int | None = None
+    offload: str = "none"
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,9 @@ class Plan:
     flops_per_token: float
     tokens: int
     memory: Memory
+    communication: Communication
+    communication_seconds: float
+    step_seconds: float
     checkpoint_bytes: int
     weights_bytes: int
     seconds: float
@@ -98,13 +110,23 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; bytes, seconds and FLOPs as plain numbers."""
         memory = {**self.memory.__dict__, "total": self.memory.total}
+        sent = {**self.communication.__dict__, "total": self.communication.total}
         derived = {
             "flops": self.flops,
             "tokens_per_second_per_gpu": self.tokens_per_second_per_gpu,
             "memory": memory,
+            "communication": sent,
             "assumptions": list(ASSUMPTIONS),
         }
         return {**self.__dict__, **derived}
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A layout that fits: the overrides to type, and its plan."""
+
+    overrides: str
+    plan: Plan
 
 
 def plan_run(config: TrainingConfig, gpus: int | None, hardware: Hardware) -> Plan:
@@ -136,112 +158,54 @@ def plan_scaling(config: TrainingConfig, hardware: Hardware, first: int = 1) -> 
     return plans
 
 
-def suggest_fitting(config: TrainingConfig, gpus: int, hardware: Hardware) -> list[str]:
-    """Changes to a run that does not fit, each of which makes it fit; as they would be typed."""
-    recompute = {"parallel.activation_checkpointing": "block"}
-    smallest = {"train.micro_batch_tokens": config.data.sequence_length}
-
-    def fitting(*changes: dict[str, Any]) -> list[str]:
-        made = [c for c in changes if _plan(_changed(config, c), gpus, hardware).fits]
-        return [" ".join(f"{key}={value}" for key, value in change.items()) for change in made]
-
-    found = fitting(recompute, smallest) or fitting({**recompute, **smallest})
-    more = next((p for p in plan_scaling(config, hardware, first=gpus * 2) if p.fits), None)
-    return [*found, *([f"--gpus {more.gpus}"] if more else [])]
+def propose(config: TrainingConfig, gpus: int, hardware: Hardware) -> list[Proposal]:
+    """Overrides with which the run fits on this many GPUs, fastest first."""
+    found = propose_layouts(config, gpus, lambda changed, n: _plan(changed, n, hardware))
+    return [Proposal(describe(config, changes), plan) for changes, plan in found]
 
 
-def _changed(config: TrainingConfig, change: dict[str, Any]) -> TrainingConfig:
-    for key, value in change.items():
-        section, name = key.split(".")
-        part = getattr(config, section).model_copy(update={name: value})
-        config = config.model_copy(update={section: part})
-    return config
+def propose_more(config: TrainingConfig, gpus: int, hardware: Hardware) -> Proposal | None:
+    """The fastest layout on the fewest GPUs, doubling, on which the run fits at all."""
+    while (gpus := gpus * 2) <= MOST_GPUS:
+        if found := propose(config, gpus, hardware):
+            return found[0]
+    return None
 
 
 def _plan(config: TrainingConfig, gpus: int, hardware: Hardware) -> Plan:
     model: Any = config.model
-    length = config.data.sequence_length
     parameters = model.count_parameters()
     total = sum(parameters.values())
-    tokens = config.train.steps * config.train.batch_tokens
-    share = config.train.batch_tokens // gpus
-    micro = min(share, config.train.micro_batch_tokens or share)
-    strategy, shard_ranks = _resolve_strategy(config, gpus)
-    memory = _count_memory(config, strategy, shard_ranks, micro, micro_batches=share // micro)
-    flops_per_token = model.flops_per_token(length)
+    layout = resolve_layout(config, gpus)
+    if hardware.zero_stage is not None:
+        stage, shards = hardware.zero_stage, gpus if hardware.zero_stage else 1
+        strategy = f"zero{stage}" if stage else "ddp"
+        layout = replace(layout, strategy=strategy, shard_ranks=shards, offload=hardware.offload)
+    memory = count_memory(config, layout, FIXED_BYTES)
+    communication = count_communication(config, layout)
+    flops_per_token = model.flops_per_token(config.data.sequence_length)
+    step_flops = config.train.batch_tokens * flops_per_token
+    compute = step_flops / (gpus * hardware.peak_flops * hardware.mfu)
+    # Recomputed work counts for nothing, but takes its time.
+    compute *= 1 + RECOMPUTE_TIME[config.parallel.activation_checkpointing]
+    sending = communication.seconds(
+        hardware.link_bytes_per_s, hardware.node_link_bytes_per_s, hardware.gpus_per_node
+    )
     return Plan(
         gpus=gpus,
-        strategy=strategy,
-        shard_ranks=shard_ranks,
-        micro_batch_tokens=micro,
-        micro_batches=share // micro,
+        strategy=layout.strategy,
+        shard_ranks=layout.shard_ranks,
+        micro_batch_tokens=layout.micro_batch_tokens,
+        micro_batches=layout.micro_batches,
         parameters=parameters,
         flops_per_token=flops_per_token,
-        tokens=tokens,
+        tokens=config.train.steps * config.train.batch_tokens,
         memory=memory,
+        communication=communication,
+        communication_seconds=sending,
+        step_seconds=max(compute, sending),
         checkpoint_bytes=total * (MASTER_BYTES + 2 * MOMENT_BYTES),
         weights_bytes=total * MASTER_BYTES,
-        seconds=tokens * flops_per_token / (gpus * hardware.peak_flops * hardware.mfu),
+        seconds=config.train.steps * step_flops / (gpus * hardware.peak_flops * hardware.mfu),
         fits=memory.total <= hardware.memory_bytes,
     )
-
-
-def _resolve_strategy(config: TrainingConfig, gpus: int) -> tuple[str, int]:
-    """The strategy on this many GPUs, and how many of them share one copy of the weights."""
-    parallel = config.parallel
-    strategy: str = parallel.strategy
-    if strategy == "auto":
-        several = "ddp" if config.run.device == "cpu" else "fsdp"
-        strategy = "single" if gpus == 1 else several
-    if strategy == "fsdp":
-        return strategy, gpus
-    if strategy == "hsdp":
-        return strategy, parallel.shard_ranks or gpus // (parallel.replicate_ranks or 1)
-    return strategy, 1
-
-
-def _count_memory(
-    config: TrainingConfig, strategy: str, shard_ranks: int, micro: int, micro_batches: int
-) -> Memory:
-    model: Any = config.model
-    family = importlib.import_module(f"..models.{model.family}.memory", __package__)
-    compute_bytes = COMPUTE_BYTES[config.precision.compute]
-    counts = model.count_parameters()
-    tables = counts.get("ngram_tables", 0)
-    dense = sum(counts.values()) - tables
-    held = -(-dense // shard_ranks) + tables
-    rows = _touched_values(model, micro) if tables else 0
-    block = family.block_parameters(model)
-    return Memory(
-        parameters=held * MASTER_BYTES,
-        gradients=-(-dense // shard_ranks) * MASTER_BYTES + rows * MASTER_BYTES,
-        optimizer=held * 2 * MOMENT_BYTES,
-        compute_copies=_compute_copies(
-            strategy, compute_bytes, dense, block, dense - counts["blocks"]
-        ),
-        activations=family.activation_bytes(
-            model,
-            micro,
-            compute_bytes=compute_bytes,
-            recompute=config.parallel.activation_checkpointing,
-        ),
-        fixed=FIXED_BYTES,
-    )
-
-
-def _touched_values(model: Any, tokens: int) -> int:
-    """Values in the tables' gradient: at most one row a position, n-gram length and hash function."""
-    tables = len(model.ngram.sizes) * model.ngram.hash_functions
-    return min(tokens, model.ngram.rows) * tables * model.d_model
-
-
-def _compute_copies(strategy: str, compute_bytes: int, dense: int, block: int, ends: int) -> int:
-    """Bytes of weights in the compute type, and of gathered weights and gradients on their way.
-
-    Sharded strategies gather one block while the one before it is at work, and keep the ends (embedding and head)
-    gathered through the step; a gathered gradient exists in the compute type and in fp32 while it is reduced.
-    """
-    if strategy in ("fsdp", "hsdp"):
-        gathered = (2 * block + ends) * compute_bytes
-        return gathered + max(2 * block, ends) * (compute_bytes + MASTER_BYTES)
-    return dense * compute_bytes if compute_bytes < MASTER_BYTES else 0

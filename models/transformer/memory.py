@@ -32,19 +32,22 @@ def activation_bytes(
 
     Returns:
         `kept`: what all blocks keep for the backward pass; `recomputed`: one block's, made again while its gradient is
-        taken; `in_flight`: gradients of activations inside one block; `logits`; `ends`: embedding and final norm.
+        taken, less what it kept; `in_flight`: gradients of activations inside one block; `logits` and their gradient;
+        `ends`: embedding, final norm and the gradient that enters the blocks.
     """
     d, f, c = config.d_model, config.d_ff, compute_bytes
     whole = _block_values(config)
     kept = {"none": whole, "block": d, "selective": _matrix_products(config)}[recompute]
     return {
         "kept": config.n_layers * tokens * kept * c,
-        "recomputed": 0 if recompute == "none" else tokens * whole * c,
-        "in_flight": tokens * (3 * f + 2 * d) * c,
+        "recomputed": {"none": 0, "block": whole, "selective": whole - kept}[recompute]
+        * tokens
+        * c,
+        "in_flight": tokens * 2 * f * c,
         "logits": min(tokens, config.loss_chunk_tokens or tokens)
         * config.vocab_size
         * _logit_bytes(c),
-        "ends": 2 * tokens * d * c,
+        "ends": 3 * tokens * d * c,
     }
 
 
