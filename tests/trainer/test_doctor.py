@@ -247,29 +247,60 @@ def test_every_failure_has_a_mend(tmp_path: Path) -> None:
     assert all(f.mend for f in bad)
 
 
-def test_places() -> None:
-    assert find_place({}).world_size == 1
-    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    place = find_place({**torchrun, "MASTER_ADDR": "a", "MASTER_PORT": "29500"})
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "29500",
+}
+SRUN = {
+    "SLURM_JOB_ID": "123456",
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+    "SLURMD_NODENAME": "gpu08",
+}
+
+
+@pytest.fixture
+def place_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Place]:
+    """The place found in an environment of these variables alone."""
+
+    def find(**variables: str) -> Place:
+        for name in {*TORCHRUN, *SRUN, "TORCHELASTIC_USE_AGENT_STORE"}:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return find_place()
+
+    return find
+
+
+def test_places(place_in: Callable[..., Place]) -> None:
+    assert place_in().world_size == 1
+    place = place_in(**TORCHRUN, TORCHELASTIC_USE_AGENT_STORE="True")
     assert (place.rank, place.local_rank, place.address, place.port) == (3, 1, "a", 29500)
-    srun = {
-        "SLURM_JOB_ID": "123456",
-        "SLURM_PROCID": "5",
-        "SLURM_NTASKS": "8",
-        "SLURM_LOCALID": "1",
-        "SLURM_NTASKS_PER_NODE": "4",
-        "SLURM_STEP_NODELIST": "gpu[07-08]",
-        "SLURMD_NODENAME": "gpu08",
-    }
-    place = find_place(srun)
-    assert (place.rank, place.host, place.address, place.port) == (5, "gpu08", "gpu07", 23456)
+    assert place.is_held_by_agent
+    place = place_in(**SRUN)
+    assert (place.rank, place.local_world_size, place.host) == (5, 4, "gpu08")
+    assert (place.address, place.port) == ("10.0.0.7", 20_000 + 123456 * 7 % 10_000)
     assert (place.node_of(3), place.node_of(4)) == ("gpu07", "gpu08")
-    # An allocation's own shell has SLURM's names, but is one process.
-    assert find_place({**srun, "SLURM_NTASKS": "1"}).world_size == 1
+    # The batch script has SLURM's names as well, but is one process.
+    batch = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_NUM_TASKS"}
+    assert place_in(**batch, SLURM_NTASKS="8").world_size == 1
+
+
+def test_half_a_place_is_refused(place_in: Callable[..., Place]) -> None:
     with pytest.raises(LaunchError, match="RANK is 'x'"):
-        find_place({**torchrun, "RANK": "x"})
+        place_in(**{**TORCHRUN, "RANK": "x"})
     with pytest.raises(LaunchError, match="no MASTER_ADDR"):
-        find_place(torchrun)
+        place_in(**{k: v for k, v in TORCHRUN.items() if not k.startswith("MASTER")})
 
 
 @pytest.mark.parametrize(

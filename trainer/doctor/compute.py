@@ -48,11 +48,13 @@ def check_cuda(context: Context) -> Finding:
             "configuration",
         )
     place = context.place
-    if count < place.local_world_size and place.world_size > 1:
+    # One GPU shown to each task is the scheduler's doing.
+    has_own = count == 1 and "SLURM_PROCID" in context.environment
+    if count < place.local_world_size and place.world_size > 1 and not has_own:
         return fail(
             "cuda",
             f"{place.local_world_size} ranks on {place.host}, but torch sees {count} GPUs there",
-            "start as many tasks a node as it has GPUs, with all of them visible to each (no --gpus-per-task)",
+            "start as many tasks a node as it has GPUs, or fewer",
             "configuration",
         )
     nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]

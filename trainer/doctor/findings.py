@@ -114,7 +114,7 @@ def _merge_check(answers: Sequence[tuple[int, Finding]], host_of: Mapping[int, s
     is_bad = any(status in ("fail", "warn") for status, _ in groups)
     failing = {host_of[rank] for rank, finding in answers if finding.status == "fail"}
     is_all_nodes = len(failing) > 1 and failing == set(host_of.values())
-    lines = []
+    lines: list[Line] = []
     for status, words in sorted(groups, key=lambda key: _WORST_FIRST.index(key[0])):  # type: ignore[arg-type]
         # "Does not apply here" beside an answer says nothing.
         if (is_bad and status not in ("fail", "warn")) or (status == "skipped" and lines):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...models.errors import LaunchError
+from ..slurm import slurm_ranks, slurm_rendezvous
 
 __all__ = ["Place", "expand_hosts", "find_place"]
 
@@ -43,59 +43,51 @@ class Place:
         return self.nodes[index] if is_block else None
 
 
-def find_place(environment: Mapping[str, str] = os.environ) -> Place:
+def find_place() -> Place:
     """The place a launcher (torchrun, accelerate, srun) gave this process; a single process without one.
 
     Raises:
         LaunchError: a number that is none, or half of what is needed.
     """
-    job = environment.get("SLURM_JOB_ID")
-    nodes = expand_hosts(
-        environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
-    )
-
-    def number(name: str, default: int) -> int:
-        text = environment.get(name, str(default)).split("(")[0]
-        if not text.isdigit():
-            raise LaunchError(
-                f"{name} is {environment[name]!r}, expected a whole number; it is the launcher that sets it"
-            )
-        return int(text)
-
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        world = number("WORLD_SIZE", 1)
-        here = (
-            number("RANK", 0),
-            world,
-            number("LOCAL_RANK", 0),
-            number("LOCAL_WORLD_SIZE", world),
-        )
-    elif "SLURM_PROCID" in environment and number("SLURM_NTASKS", 1) > 1:
-        world = number("SLURM_NTASKS", 1)
-        local = number("SLURM_NTASKS_PER_NODE", max(1, world // max(1, len(nodes))))
-        here = (number("SLURM_PROCID", 0), world, number("SLURM_LOCALID", 0), local)
-    else:
-        here = (0, 1, 0, 1)
-    own = environment.get("SLURMD_NODENAME")
-    place = {"host": own} if own else {}
-    if here[1] == 1:
-        return Place(nodes=(), **place)
-    port = number("MASTER_PORT", 20_000 + int(job) % 10_000 if job and job.isdigit() else 0)
-    address = environment.get("MASTER_ADDR") or (
-        nodes[0] if nodes else environment.get("SLURM_LAUNCH_NODE_IPADDR")
-    )
-    if not address or not port:
+    env = os.environ
+    host = env.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
+    ranks = _torchrun_ranks() or slurm_ranks()
+    if ranks is None or ranks[1] == 1:
+        return Place(host=host)
+    meeting = {**slurm_rendezvous(), **env}
+    if absent := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not meeting.get(name)]:
         raise LaunchError(
-            f"{here[1]} ranks but no MASTER_ADDR and MASTER_PORT; start with torchrun or srun, or export both"
+            f"{ranks[1]} ranks but no {' and no '.join(absent)}; start with torchrun or srun, or export both"
         )
     return Place(
-        *here,
-        nodes=nodes,
-        address=address,
-        port=port,
-        is_held_by_agent=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        **place,
+        *ranks,
+        host=host,
+        nodes=expand_hosts(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")),
+        address=meeting["MASTER_ADDR"],
+        port=_number("MASTER_PORT", meeting["MASTER_PORT"]),
+        is_held_by_agent=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
+
+
+def _torchrun_ranks() -> tuple[int, int, int, int] | None:
+    env = os.environ
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        return None
+    world = _number("WORLD_SIZE", env["WORLD_SIZE"])
+    return (
+        _number("RANK", env["RANK"]),
+        world,
+        _number("LOCAL_RANK", env.get("LOCAL_RANK", "0")),
+        _number("LOCAL_WORLD_SIZE", env.get("LOCAL_WORLD_SIZE", str(world))),
+    )
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdigit():
+        raise LaunchError(
+            f"{name} is {text!r}, expected a whole number; it is the launcher that sets it"
+        )
+    return int(text)
 
 
 def expand_hosts(text: str) -> tuple[str, ...]:
