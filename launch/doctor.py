@@ -116,6 +116,5 @@ def _verdict(found: Examination) -> str:
     if not failures:
         return f"fit to train{also}"
     names = ", ".join(dict.fromkeys(finding.check for finding in failures))
-    unfit = f"; unfit: {', '.join(found.unfit_hosts)}" if found.unfit_hosts else ""
-    whose = "mend first" if found.exit_code == 2 else "unfit"
-    return f"{whose}: {names}{unfit}{also} (exit code {found.exit_code})"
+    unfit = f"; unfit nodes: {', '.join(found.unfit_hosts)}" if found.unfit_hosts else ""
+    return f"failed: {names}{unfit}{also} (exit code {int(found.exit_code)})"

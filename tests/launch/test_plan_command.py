@@ -39,17 +39,30 @@ def test_tables(weft: Any) -> None:
 
 
 def test_what_does_not_fit_says_what_would(weft: Any) -> None:
-    code, out, _ = weft("plan", "olmo2/7b", "--gpus", 8, "--gpu-memory", 50)
+    code, out, _ = weft("plan", "olmo2/7b", "--gpus", 64, "--gpu-memory", 50)
     assert code == 0
     assert "does not fit" in out
-    ways = out.split("it fits with: ")[1].splitlines()[0].split("; or ")
-    assert len(ways) >= 2
-    for way in ways:
-        arguments = ["--gpus", "8", *way.split()]
-        _, out, _ = weft("plan", "olmo2/7b", "--gpu-memory", 50, *arguments)
-        assert "\nfits: " in out
+    lines = out.split("layouts that fit, fastest first:\n")[1].split("\n\n")[0].splitlines()
+    assert lines
+    for line in lines:
+        overrides = line.partition("sent: ")[2].split()
+        _, again, _ = weft("plan", "olmo2/7b", "--gpu-memory", 50, "--gpus", 64, *overrides)
+        assert "\nfits: " in again
+    _, out, _ = weft("plan", "olmo2/7b", "--gpus", 8, "--gpu-memory", 50)
+    way = out.split("it fits with: ")[1].splitlines()[0].split()
+    _, again, _ = weft("plan", "olmo2/7b", "--gpu-memory", 50, *way)
+    assert "\nfits: " in again
     _, out, _ = weft("plan", "olmo2/7b", "--gpus", 8, "--gpu-memory", 3)
     assert "it fits with: more memory a GPU" in out
+
+
+def test_links_disks_and_deepspeed(weft: Any) -> None:
+    _, out, _ = weft("plan", "olmo2/7b", "--gpus", 256, "--disk", 8, "--link", 25)
+    assert "save: 10.9 seconds in the background at 8 GB/s" in out
+    assert "sent by a GPU a step: 84 GB (weights 54.9 GB, gradients 29.1 GB)" in out
+    _, out, _ = weft("plan", "olmo2/7b", "--gpus", 64, "--zero", 3, "--offload", "optimizer")
+    assert "DeepSpeed ZeRO-3 on 64 GPUs" in out
+    assert "host memory: 1.82 GB a GPU" in out
 
 
 def test_json_follows_overrides(weft: Any) -> None:
@@ -66,6 +79,8 @@ def test_errors_are_one_line(weft: Any) -> None:
         (("olmo2/7b", "--gpus", 3), "do not divide over 3 ranks"),
         (("olmo2/7b", "model.d_mdel=1"), "did you mean model.d_model?"),
         (("olmo2/7b", "--mfu", 1.5), "--mfu"),
+        (("olmo2/7b", "--offload", "all", "--zero", 2), "all needs --zero 3"),
+        (("olmo2/7b", "--offload", "optimizer"), "needs --zero"),
     ):
         code, out, err = weft("plan", *arguments)
         assert (code, out) == (2, "")

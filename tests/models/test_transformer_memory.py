@@ -60,7 +60,8 @@ def test_recomputation_trades_kept_for_recomputed() -> None:
     assert none["kept"] > selective["kept"] > block["kept"]
     assert block["kept"] == 8 * TOKENS * 64 * 2
     assert none["recomputed"] == 0
-    assert block["recomputed"] == selective["recomputed"] == none["kept"] // 8
+    assert block["recomputed"] == none["kept"] // 8
+    assert selective["recomputed"] == none["kept"] // 8 - selective["kept"] // 8
 
 
 def test_logits_of_one_chunk() -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 from weft.launch.options import load_recipe
 from weft.models.errors import ConfigError
-from weft.trainer.plan import Hardware, Plan, plan_run, plan_scaling
+from weft.trainer.plan import Hardware, Plan, plan_run, plan_scaling, propose, propose_more
 
 P7, BLOCK7, VOCABULARY = 7_298_617_344, 202_391_552, 100_352 * 4096
 
@@ -21,12 +21,21 @@ def plan(recipe: str, gpus: int | None = None, *overrides: str, **hardware: floa
 def test_sharded_state_of_the_7b() -> None:
     found = plan("olmo2/7b", 64)
     assert (found.strategy, found.shard_ranks) == ("fsdp", 64)
-    assert found.memory.parameters == found.memory.gradients == pytest.approx(4 * P7 / 64, abs=4)
+    assert found.memory.parameters == pytest.approx(4 * P7 / 64, abs=4)
     assert found.memory.optimizer == pytest.approx(8 * P7 / 64, abs=8)
     assert found.checkpoint_bytes == 12 * P7
-    # Two blocks, embedding, head and final norm in bf16, and the ends' gradient in bf16 and fp32.
+    # Embedding, head and final norm stay gathered in bf16, and one block is.
     ends = 2 * VOCABULARY + 4096
-    assert found.memory.compute_copies == 2 * (2 * BLOCK7 + ends) + 6 * ends
+    assert found.memory.compute_copies == 2 * (BLOCK7 + ends)
+    # Whole fp32 gradients wait for the last of eight micro-batches, and the head's new one in bf16 comes to them.
+    assert found.micro_batches == 8
+    assert found.memory.gradients == 4 * P7 + 2 * VOCABULARY
+
+
+def test_one_micro_batch_needs_no_whole_gradients() -> None:
+    found = plan("olmo2/7b", 512)
+    assert found.micro_batches == 1
+    assert found.memory.gradients == 2 * VOCABULARY
 
 
 def test_time_is_flops_over_speed() -> None:
@@ -49,7 +58,8 @@ def test_unsharded_state_of_the_debug_model() -> None:
     assert found.memory.optimizer == 8 * parameters
     assert found.memory.compute_copies == 0
     half = plan("olmo2/debug", 2, "parallel.strategy=ddp", "precision.compute=bf16")
-    assert half.memory.compute_copies == 2 * parameters
+    multiplied = half.parameters["blocks"] + half.parameters["head"]
+    assert half.memory.compute_copies == 2 * multiplied
 
 
 def test_hashed_tables_are_whole_and_their_gradient_sparse() -> None:
@@ -57,7 +67,9 @@ def test_hashed_tables_are_whole_and_their_gradient_sparse() -> None:
     tables = 6 * 65_536 * 128
     dense = sum(found.parameters.values()) - tables
     assert found.memory.parameters == pytest.approx(4 * (dense / 2 + tables), abs=4)
-    assert found.memory.gradients == pytest.approx(4 * (dense / 2 + 2048 * 6 * 128), abs=4)
+    rows = 2048 * 6 * 128
+    assert found.memory.gradients >= 4 * rows
+    assert found.communication.rows == 4 * rows + 8 * rows // 128
 
 
 def test_hybrid_sharding_splits_over_one_group() -> None:
@@ -109,3 +121,72 @@ def test_answers_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("False")
     assert "32,234,279,936" in done.stdout
+
+
+def test_bytes_sent_by_rings() -> None:
+    dense = 4 * P7
+    sent = plan("olmo2/7b", 512).communication
+    blocks, ends = 6_476_529_664, P7 - 6_476_529_664
+    # Blocks are gathered twice in bf16, the ends once; gradients are scattered once in fp32.
+    assert sent.gather == pytest.approx(511 / 512 * 2 * (2 * blocks + ends), rel=1e-9)
+    assert sent.scatter == pytest.approx(511 / 512 * dense, rel=1e-9)
+    assert sent.reduce == 0
+    sent = plan("olmo2/7b", 256, "parallel.strategy=ddp").communication
+    assert (sent.gather, sent.reduce) == (0, pytest.approx(2 * 255 / 256 * dense, rel=1e-9))
+    hybrid = plan("olmo2/7b", 512, "parallel.strategy=hsdp", "parallel.shard_ranks=8").communication
+    assert hybrid.reduce == pytest.approx(2 * 63 / 64 * dense / 8, rel=1e-9)
+    assert plan("olmo2/190m", 1).communication.total == 0
+
+
+def test_a_shard_within_a_node_goes_over_its_fast_links() -> None:
+    overrides = ("parallel.strategy=hsdp", "parallel.shard_ranks=8")
+    inside = plan("olmo2/7b", 512, *overrides)
+    across = plan("olmo2/7b", 512, *overrides, gpus_per_node=4)
+    assert inside.communication.total == across.communication.total
+    assert inside.communication_seconds < across.communication_seconds / 2
+
+
+def test_deepspeed_stages() -> None:
+    stages = [plan("olmo2/7b", 64, zero_stage=stage) for stage in (0, 1, 2, 3)]
+    assert [p.strategy for p in stages] == ["ddp", "zero1", "zero2", "zero3"]
+    # arXiv 1910.02054, section 5: weights and gradients in 16 bits, 12 bytes of optimizer a parameter over all ranks.
+    first, second, third = (p.memory for p in stages[1:])
+    assert first.parameters == second.parameters == 2 * P7
+    assert third.parameters == pytest.approx(2 * P7 / 64, abs=2)
+    assert first.optimizer == pytest.approx(12 * P7 / 64, abs=12)
+    totals = [p.memory.total for p in stages]
+    assert totals == sorted(totals, reverse=True)
+    # Stage 3 sends half as much again as stages 1 and 2 in one micro-batch (section 7).
+    one = "train.micro_batch_tokens=65536"
+    sent = [plan("olmo2/7b", 64, one, zero_stage=s).communication.total for s in (1, 2, 3)]
+    assert sent[0] == sent[1]
+    assert sent[2] == pytest.approx(1.5 * sent[0], rel=1e-9)
+
+
+def test_offload_moves_bytes_to_the_host() -> None:
+    device = plan("olmo2/7b", 64, zero_stage=3).memory
+    host = plan("olmo2/7b", 64, zero_stage=3, offload="optimizer").memory
+    everything = plan("olmo2/7b", 64, zero_stage=3, offload="all").memory
+    assert device.host == 0
+    # Master weights, two moments and gradients: 16 bytes a parameter of this rank's part; then its bf16 weights.
+    assert host.host == pytest.approx(16 * P7 / 64, abs=16)
+    assert everything.host == pytest.approx(18 * P7 / 64, abs=18)
+    assert device.total > host.total > everything.total
+
+
+def test_proposals_fit_as_typed_and_come_fastest_first() -> None:
+    config = load_recipe("olmo2/7b").config
+    hardware = Hardware(memory_bytes=50e9)
+    found = propose(config, 64, hardware)
+    assert not plan("olmo2/7b", 64, memory_bytes=50e9).fits
+    assert 1 <= len(found) <= 3
+    times = [p.plan.step_seconds for p in found]
+    assert times == sorted(times)
+    for proposal in found:
+        typed = plan("olmo2/7b", 64, *proposal.overrides.split(), memory_bytes=50e9)
+        assert typed == proposal.plan
+        assert typed.fits
+    assert propose(config, 8, Hardware(memory_bytes=8e9)) == []
+    more = propose_more(config, 8, hardware)
+    assert more is not None
+    assert more.plan.gpus > 8

@@ -20,7 +20,6 @@ from ..configuration.checks import check_against_world
 from ..configuration.schema import TrainingConfig
 from ..distributed import Topology
 from ..engines.build import build_engine
-from ..engines.protocol import Engine
 from ..plan import Hardware, plan_run
 
 __all__ = ["measure_memory"]
@@ -61,11 +60,11 @@ def measure_memory(config: TrainingConfig, topology: Topology) -> dict[str, Any]
     }
 
 
-def _steps(config: TrainingConfig, topology: Topology) -> Iterator[Engine]:
+def _steps(config: TrainingConfig, topology: Topology) -> Iterator[None]:
     """Build the engine, then run steps; yields when it is built and after each step."""
     task = build_task(config.model)
     engine = build_engine(task, config, topology)
-    yield engine
+    yield
     rows = config.batch_rows // engine.data_ranks
     length = config.data.sequence_length
     micro = (config.train.micro_batch_tokens or rows * length) // length
@@ -78,7 +77,7 @@ def _steps(config: TrainingConfig, topology: Topology) -> Iterator[Engine]:
         for phase in task.phases(step + 1):
             engine.forward_backward(phase, batches, counts)
             engine.step(phase, 1e-4)
-        yield engine
+        yield
 
 
 def _make_batch(config: TrainingConfig, first_sample: int, rows: int) -> PackedBatch:
@@ -109,42 +108,46 @@ def _on_cuda(config: TrainingConfig, topology: Topology) -> tuple[int, int]:
 
 
 def _on_cpu(config: TrainingConfig, topology: Topology) -> tuple[int, int]:
-    """Follow each block of memory from the profiler's record of allocations and releases."""
+    """Follow each block of memory through the profiler's record of allocations and releases."""
     marks: list[int] = []
-    held = 0
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        for engine in _steps(config, topology):
+        for _ in _steps(config, topology):
             marks.append(time.time_ns())
-            held = held or _state_bytes(engine)
     tree = profile.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
-    return _least_peak(sorted(_allocations(tree)), marks, held), held
+    return _least_peak(sorted(_allocations(tree)), marks)
 
 
-def _state_bytes(engine: Engine) -> int:
-    return sum(s.tensor.numel() * s.tensor.element_size() for s in engine.state_shards())
+def _least_peak(events: Sequence[tuple[int, int, int]], marks: Sequence[int]) -> tuple[int, int]:
+    """(the smallest of the steps' peaks, what is held as they begin).
 
+    gloo lets go of its buffers in threads of its own, and where it is the last to do so the profiler does not see it. A block whose
+    address is given out anew is known to be gone, and so is, when a step ends, all that was not there when the first
+    began. What is left of this within a step is by chance, and only adds.
 
-def _least_peak(events: Sequence[tuple[int, int, int]], marks: Sequence[int], held: int) -> int:
-    """The smallest of the steps' peaks, each above what should be held as it begins.
-
-    gloo lets go of its buffers in threads of its own, whose releases the profiler does not see, if it is the last to do so. A
-    block whose address is given out anew is known to be gone; others count for ever, by chance, and only add.
+    Args:
+        events: (time, address, bytes; negative for a release), in order.
+        marks: when the engine was built, and when each step ended.
     """
     live: dict[int, int] = {}
-    total, peaks, step, before = 0, [], 0, 0
+    total, peaks = 0, list[int]()
+    lasting: dict[int, int] | None = None
+    ends = iter([*marks, float("inf")])
+    end = next(ends)
     for moment, address, change in events:
-        while step < len(marks) and moment > marks[step]:
-            step, before = step + 1, total
-            peaks.append(0)
+        while moment > end:
+            end = next(ends)
+            lasting = dict(live) if lasting is None else lasting
+            live, total = dict(lasting), sum(lasting.values())
+            peaks.append(total)
         total -= live.pop(address, 0)
         if change > 0:
             live[address] = change
             total += change
         if peaks:
-            peaks[-1] = max(peaks[-1], total - before)
-    return held + min(peaks[: len(marks) - 1])
+            peaks[-1] = max(peaks[-1], total)
+    return min(peaks[: len(marks) - 1]), sum((lasting or {}).values())
 
 
 def _allocations(tree: list[Any]) -> Iterator[tuple[int, int, int]]:
