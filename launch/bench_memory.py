@@ -59,8 +59,6 @@ def memory_command(
 
 def _measure(recipe: str, overrides: tuple[str, ...]) -> dict[str, Any] | None:
     """Collective: the fullest rank's numbers on rank 0; None on the others."""
-    # The profiler's own notices; they go to standard output.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     from ..trainer.benchmarks.memory import measure_memory
     from ..trainer.distributed import initialise_distributed, shutdown_distributed
 

@@ -55,11 +55,6 @@ def test_one_process(recomputation: str, micro: int) -> None:
     [
         (2, ["parallel.strategy=ddp", "parallel.activation_checkpointing=block"]),
         (2, ["parallel.strategy=fsdp", "train.micro_batch_tokens=256"]),
-        pytest.param(
-            4,
-            ["parallel.strategy=fsdp", "parallel.activation_checkpointing=block"],
-            marks=pytest.mark.slow,
-        ),
     ],
 )
 def test_several_ranks(ranks: int, overrides: list[str]) -> None:

@@ -7,7 +7,10 @@ figure as `torch.cuda.max_memory_allocated`. Buffers inside gloo, oneDNN and MKL
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -110,13 +113,33 @@ def _on_cuda(config: TrainingConfig, topology: Topology) -> tuple[int, int]:
 def _on_cpu(config: TrainingConfig, topology: Topology) -> tuple[int, int]:
     """Follow each block of memory through the profiler's record of allocations and releases."""
     marks: list[int] = []
-    with torch.profiler.profile(
+    profile = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    )
+    with _quiet():
+        profile.start()
+    try:
         for _ in _steps(config, topology):
             marks.append(time.time_ns())
+    finally:
+        with _quiet():
+            profile.stop()
     tree = profile.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
     return _least_peak(sorted(_allocations(tree)), marks)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Standard error goes nowhere: the profiler announces its start and stop there, from C++."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _least_peak(events: Sequence[tuple[int, int, int]], marks: Sequence[int]) -> tuple[int, int]:
