@@ -88,7 +88,7 @@ def _leave(code: int, ranks: int) -> None:
 def _print(found: Examination) -> None:
     ranks = "one process" if found.ranks == 1 else f"{found.ranks} ranks"
     nodes = found.hosts[0] if len(found.hosts) == 1 else f"{len(found.hosts)} nodes"
-    click.echo(f"weft doctor: {ranks} on {nodes}\n")
+    click.echo(f"Doctor: {ranks} on {nodes}\n")
     for line in found.lines:
         click.echo(_line(line, found))
         if line.finding.mend:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ranks import free_port
@@ -135,10 +134,30 @@ def test_a_wrong_option_is_one_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_the_page_shows_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its first command, run here: the same checks in the same order, whatever they find on this machine."""
+    command, shown = re.findall(r"```console\n\$ weft (.+)\n([^`]+)```", PAGE.read_text())[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["weft", *command.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+
+    def names(text: str) -> list[str]:
+        lines = re.findall(r"^(?:ok|warn|FAIL|skipped).*", text, re.M)
+        return [line[8:22].strip() for line in lines]
+
+    printed = capsys.readouterr().out
+    assert names(printed) == names(shown)
+    assert "matmul" in names(shown)
+
+
 def test_the_page_names_every_check() -> None:
     from weft.trainer.doctor import examination
 
-    page: Any = PAGE.read_text()
+    page = PAGE.read_text()
     tables = (
         examination.NODE_CHECKS,
         examination.PORT_CHECKS,
