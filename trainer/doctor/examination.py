@@ -135,10 +135,10 @@ def _meet(context: Context, meeting: Meeting, findings: list[Finding]) -> Examin
     is_first = context.place.rank == first_here
     findings += _run(NODE_CHECKS, context, meeting) if is_first else []
     # Also the point before which no rank opens a GPU: what lies in its memory is others'.
-    meeting.gather("node checks", True)
+    meeting.gather("node checks", True, 2 * context.limit_s)
     findings += _run(DEVICE_CHECKS, context, meeting)
     findings += _run(COMPILER_CHECKS, context, meeting) if is_first else []
-    meeting.gather("device checks", True)
+    meeting.gather("device checks", True, 2 * context.limit_s)
     for name, function in JOINT_CHECKS:
         if name == "all-reduce" and (meeting.absent or len(host_of) < context.place.world_size):
             findings += [skipped(name, "ranks are missing")] if context.place.rank == 0 else []
@@ -207,12 +207,14 @@ def _within_limit(name: str, path: str, context: Context) -> Finding:
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(context.limit_s)
+    # Half of it: the others wait longer for this rank than this rank for its check.
+    limit_s = context.limit_s / 2
+    thread.join(limit_s)
     if answers:
         return answers[0]
     return fail(
         name,
-        f"no answer within {context.limit_s:g} s",
+        f"no answer within {limit_s:g} s",
         "the file system or the driver it asks does not answer: dmesg on that node; leave it out",
     )
 
