@@ -81,9 +81,9 @@ def test_one_process_needs_nobody(tmp_path: Path) -> None:
 
 def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     begin = time.monotonic()
-    found = examine_nodes(tmp_path, change=lambda c: None if c.place.rank == 2 else c, limit_s=1.0)
-    assert time.monotonic() - begin < 15
-    assert "rank 2 (n2) did not come within 1 s" in finding(found, "ranks").found
+    found = examine_nodes(tmp_path, change=lambda c: None if c.place.rank == 2 else c, limit_s=4.0)
+    assert time.monotonic() - begin < 30
+    assert "rank 2 (n2) did not come within 4 s" in finding(found, "ranks").found
     assert finding(found, "all-reduce").status == "skipped"
     assert (found.exit_code, found.unfit_hosts) == (4, ["n2"])
 
@@ -117,7 +117,7 @@ def test_a_hung_all_reduce_names_who_never_entered(
         return {}
 
     monkeypatch.setattr(together, "_all_reduce", hang)
-    found = examine_nodes(tmp_path, limit_s=2.0)
+    found = examine_nodes(tmp_path, limit_s=4.0)
     release.set()
     assert "rank 1 on n1: never entered it" in finding(found, "all-reduce").found
     assert (found.exit_code, found.unfit_hosts) == (4, ["n1"])
