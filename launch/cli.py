@@ -50,7 +50,7 @@ CHAPTERS = {
         "checkpoint": ("checkpoint", "list and verify the checkpoints of a run"),
     },
     "Trust": {
-        "debug": ("debug", "prove that a resume is exact"),
+        "debug": ("debug", "replay a step, try a recipe out small, prove a resume exact"),
         "bench": ("bench", "measure Weft on this machine against its peers"),
     },
 }

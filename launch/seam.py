@@ -18,7 +18,7 @@ from ..models.errors import LaunchError
 from .local import LocalRanks
 from .options import load_recipe, print_table
 
-__all__ = ["run_seam"]
+__all__ = ["Verdict", "compare_exactly", "run_seam"]
 
 EXACT = (
     "loss",
@@ -98,7 +98,7 @@ def run_seam(
             f"on {other_ranks} ranks",
         )
         verdicts = [
-            *_compare_exactly(whole, killed, 2 * steps),
+            *compare_exactly(whole, killed, 2 * steps),
             *_compare_closely(whole, moved, 2 * steps, ranks, other_ranks),
         ]
         seconds = time.monotonic() - begin
@@ -165,7 +165,8 @@ def _records(run_dir: Path) -> dict[int, dict[str, Any]]:
     return {record["step"]: record for record in _lines(run_dir)}
 
 
-def _compare_exactly(whole: Path, resumed: Path, steps: int) -> list[Verdict]:
+def compare_exactly(whole: Path, resumed: Path, steps: int) -> list[Verdict]:
+    """Records of every step, and every tensor of the last checkpoint, of two runs that must be the same."""
     ours, theirs = _records(whole), _records(resumed)
     verdicts = [_steps_verdict(whole, resumed, steps)]
     for key in EXACT:

@@ -7,13 +7,19 @@ SwiGLU, rotary angles with base 500000, untied embeddings. `norm: pre` and `qk_n
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from ..section import Section
 
 __all__ = ["Config", "NgramConfig", "RopeScalingConfig"]
+
+DEBUG_LAYERS = 2
+DEBUG_WIDTH = 128
+DEBUG_HEAD_WIDTH = 32
+DEBUG_TABLE_ROWS = 4096
+DEBUG_CHUNK_TOKENS = 256
 
 
 class RopeScalingConfig(Section):
@@ -113,6 +119,37 @@ class Config(Section):
     @property
     def head_width(self) -> int:
         return self.head_dim or self.d_model // self.n_heads
+
+    def debug_size(self) -> Config:
+        """The smallest model that still runs every part of this one, for `weft debug RECIPE`.
+
+        At most 2 blocks, and 128 wide with heads of at most 32. What makes the architecture is kept: the query heads that
+        share a key head, the widths of attention and MLP against the stream's, norms, tying, the vocabulary. Every family's
+        `Config` has this method.
+        """
+        small: dict[str, Any] = {"n_layers": min(self.n_layers, DEBUG_LAYERS)}
+        if self.loss_chunk_tokens:
+            small["loss_chunk_tokens"] = min(self.loss_chunk_tokens, DEBUG_CHUNK_TOKENS)
+        if self.ngram:
+            small["ngram"] = {
+                **self.ngram.model_dump(),
+                "rows": min(self.ngram.rows, DEBUG_TABLE_ROWS),
+            }
+        if self.d_model > DEBUG_WIDTH:
+            shrink = self.d_model / DEBUG_WIDTH
+            head = min(self.head_width, DEBUG_HEAD_WIDTH)
+            group = self.n_heads // self.kv_heads
+            wanted = max(1, round(self.n_heads * self.head_width / shrink / head))
+            kv_heads = max(1, wanted // group)
+            small |= {
+                "d_model": DEBUG_WIDTH,
+                "head_dim": head,
+                "n_heads": kv_heads * group,
+                "n_kv_heads": kv_heads,
+                # A multiple of 16, as real widths are: kernels take their usual path.
+                "d_ff": max(16, round(self.d_ff / shrink / 16) * 16),
+            }
+        return Config(**{**self.model_dump(), **small})
 
     def count_parameters(self) -> dict[str, int]:
         """Exact parameter counts by part; the values add up to the model.

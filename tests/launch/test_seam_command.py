@@ -164,10 +164,10 @@ def test_one_difference_to_the_bit_is_found(
     kept: Path, tmp_path: Path, change: Change, which: str
 ) -> None:
     runs = {name: kept / name for name in ("whole", "killed")}
-    assert bad(seam._compare_exactly(runs["whole"], runs["killed"], 2 * STEPS)) == []
+    assert bad(seam.compare_exactly(runs["whole"], runs["killed"], 2 * STEPS)) == []
     runs[which] = copy_of(kept, which, tmp_path)
     change(runs[which])
-    found = bad(seam._compare_exactly(runs["whole"], runs["killed"], 2 * STEPS))
+    found = bad(seam.compare_exactly(runs["whole"], runs["killed"], 2 * STEPS))
     assert ON_THE_SAME_RANKS[change] in found
 
 

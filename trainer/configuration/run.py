@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ...models.section import Section
 
@@ -83,3 +84,23 @@ class TrainConfig(Section):
         8, gt=0, description="steps in a row above it that spike acts on; shorter ones pass"
     )
     rollback_budget: int = Field(3, ge=0, description="rollbacks of a run before it stops")
+    profile: str | None = Field(
+        None,
+        description="first:last, steps that are profiled into RUN/profile: a trace, and the memory of a GPU",
+    )
+
+    @field_validator("profile")
+    @classmethod
+    def _profile_is_a_range(cls, value: str | None) -> str | None:
+        found = re.fullmatch(r"(\d+):(\d+)", value or "")
+        if value is not None and (not found or not 1 <= int(found[1]) <= int(found[2])):
+            raise ValueError(f"{value!r} is no range of steps; write first:last, such as 10:12")
+        return value
+
+    @property
+    def profile_steps(self) -> tuple[int, int] | None:
+        """First and last step that are profiled."""
+        if self.profile is None:
+            return None
+        first, last = self.profile.split(":")
+        return int(first), int(last)
