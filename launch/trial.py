@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import click
 import yaml
 
 from ..models.errors import DataError, LaunchError
+from ..trainer.configuration.checks import BYTE_VOCABULARY_SIZE
 from .local import LocalRanks
 from .options import load_recipe, print_table
 from .seam import Verdict, compare_exactly
@@ -121,13 +123,22 @@ def smallest_settings(
         "eval.max_tokens": min(config.eval.max_tokens or EVAL_TOKENS, EVAL_TOKENS),
         "run.threads": config.run.threads,
     }
-    if use_builtin:
-        wanted |= {"data.sources": [BUILTIN], "data.vocabulary": "bytes"}
     shrink = getattr(config.model, "debug_size", None)
     if shrink is not None:
-        small = shrink().model_dump(mode="json")
-        wanted |= {f"model.{name}": value for name, value in small.items()}
+        wanted |= dict(_flat("model", shrink().model_dump(mode="json")))
+    if use_builtin:
+        wanted |= {"data.sources": [BUILTIN], "data.vocabulary": "bytes"}
+        if hasattr(config.model, "vocab_size"):
+            wanted["model.vocab_size"] = BYTE_VOCABULARY_SIZE
     return {key: value for key, value in wanted.items() if _value(config, key) != value}
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _flat(f"{key}.{name}", item)
+    else:
+        yield key, value
 
 
 def _value(config: TrainingConfig, key: str) -> Any:

@@ -16,8 +16,8 @@ from ..section import Section
 __all__ = ["Config", "NgramConfig", "RopeScalingConfig"]
 
 DEBUG_LAYERS = 2
-DEBUG_WIDTH = 128
-DEBUG_HEAD_WIDTH = 32
+DEBUG_WIDTH = 64
+DEBUG_HEAD_WIDTH = 16
 DEBUG_TABLE_ROWS = 4096
 DEBUG_CHUNK_TOKENS = 256
 
@@ -123,7 +123,7 @@ class Config(Section):
     def debug_size(self) -> Config:
         """The smallest model that still runs every part of this one, for `weft debug RECIPE`.
 
-        At most 2 blocks, and 128 wide with heads of at most 32. What makes the architecture is kept: the query heads that
+        At most 2 blocks, and 64 wide with heads of at most 16. What makes the architecture is kept: the query heads that
         share a key head, the widths of attention and MLP against the stream's, norms, tying, the vocabulary. Every family's
         `Config` has this method.
         """

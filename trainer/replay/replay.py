@@ -244,7 +244,8 @@ def _measure(
     options, task = session.options, session.task
     if options.rank is not None and options.rank >= plan.ranks:
         raise ConfigError(
-            f"there is no rank {options.rank}: step {plan.step} was trained on {plan.ranks} ranks, 0 to {plan.ranks - 1}"
+            f"there is no rank {options.rank}: step {plan.step} was trained on ranks 0 to {plan.ranks - 1}; "
+            "if that is wrong, give their number with --ranks"
         )
     session.say(f"replaying step {plan.step}")
     batches = session.batches(plan, options.rank)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,13 @@ __all__ = [
     "is_backward",
     "visit_modules",
 ]
+
+_EXPECTED_WARNINGS = (
+    # A network that returns a dictionary of losses has no gradient of its own to show.
+    "For backward hooks to be called",
+    # Embeddings take ids.
+    "Full backward hook is firing",
+)
 
 
 @dataclass
@@ -145,7 +153,8 @@ def is_backward() -> bool:
 def visit_modules(networks: Mapping[str, nn.Module], visitor: Visitor) -> Iterator[None]:
     """Show a visitor every module of the networks, called `NETWORK.dotted.name`.
 
-    An exception that leaves a forward gets a note that names the innermost module.
+    An exception that leaves a forward gets a note that names the innermost module. What the visitor computes is not recorded for
+    autograd: inside a recomputed block it would count as part of the block.
     """
     handles: list[Any] = []
     running: list[str] = []
@@ -153,7 +162,10 @@ def visit_modules(networks: Mapping[str, nn.Module], visitor: Visitor) -> Iterat
         for dotted, module in root.named_modules():
             handles += _hook(f"{network}.{dotted}".rstrip("."), module, visitor, running)
     try:
-        yield
+        with warnings.catch_warnings():
+            for message in _EXPECTED_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
     except Exception as error:
         if running:
             error.add_note(f"in module {running[-1]}")
@@ -167,15 +179,18 @@ def _hook(name: str, module: nn.Module, visitor: Visitor, running: list[str]) ->
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         if not is_backward():
             running.append(name)
-            visitor.enter(name, module)
+            with torch.no_grad():
+                visitor.enter(name, module)
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not is_backward():
-            visitor.output(name, module, (args, kwargs), output)
+            with torch.no_grad():
+                visitor.output(name, module, (args, kwargs), output)
             running.pop()
 
     def backward(module: nn.Module, grad_input: Any, grad_output: Any) -> None:
-        visitor.gradient(name, module, grad_input, grad_output)
+        with torch.no_grad():
+            visitor.gradient(name, module, grad_input, grad_output)
 
     return [
         module.register_forward_pre_hook(enter, with_kwargs=True),
