@@ -56,7 +56,7 @@ def command() -> None:
 @click.option(
     "--ranks",
     type=click.IntRange(min=1),
-    help="RUN: how many ranks it had, where its folder does not say. RECIPE: processes, over gloo.",
+    help="Ranks: those RUN had, where its folder does not say; processes of RECIPE (gloo, 1).",
 )
 @click.option(
     "--step", type=int, help="RUN: the step to replay; the last recorded one if left out."

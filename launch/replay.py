@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pdb
 import sys
 import traceback
@@ -17,7 +18,7 @@ from .options import print_table
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..trainer.replay.report import PhaseReport, ReplayReport
+    from ..trainer.replay.report import Comparison, PhaseReport, ReplayReport
     from ..trainer.replay.statistics import TensorStatistics
 
 __all__ = ["run_replay"]
@@ -77,12 +78,13 @@ def run_replay(
         traceback.print_exc()
         pdb.post_mortem(sys.exc_info()[2])
         return 1
+    # First the file: a pager that is closed early must not cost it.
+    if out:
+        _write(run_dir, report)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=1))
     else:
         _print_report(report, module, depth, top)
-    if out:
-        _write(run_dir, report)
     return 0
 
 
@@ -131,7 +133,9 @@ def _print_report(report: ReplayReport, part: str | None, depth: int, top: int) 
 
 def _heading(report: ReplayReport) -> str:
     share = (
-        f"all of {report.ranks} ranks" if report.rank is None else f"rank {report.rank} of {report.ranks}"
+        f"all of {report.ranks} ranks"
+        if report.rank is None
+        else f"rank {report.rank} of {report.ranks}"
     )
     if report.ranks == 1:
         share = "1 rank"
@@ -151,20 +155,27 @@ def _heading(report: ReplayReport) -> str:
 
 def _print_values(report: ReplayReport) -> None:
     compared = {c.name: c for c in report.comparisons}
-    rows = []
-    for name, value in report.values.items():
-        found = compared.get(name)
-        if found is None:
-            rows.append((name, "", value, ""))
-            continue
-        verdict = "equal" if found.is_equal else f"differs by {found.relative_difference:.1e}"
-        rows.append((name, found.recorded, value, verdict))
+    if not compared:
+        why = "only a share was replayed" if report.rank is not None else "the step has no record"
+        print_table("", ("", "replayed"), list(report.values.items()), right=(1,))
+        click.echo(f"not compared with the run: {why}\n")
+        return
+    rows = [
+        (name, compared[name].recorded, value, _verdict(compared[name]))
+        if name in compared
+        else (name, "", value, "")
+        for name, value in report.values.items()
+    ]
     print_table("", ("", "recorded", "replayed", ""), rows, right=(1, 2))
     if "data_digest" in compared and not compared["data_digest"].is_equal:
         click.echo("THE DATA IS NOT WHAT THE RUN SAW: nothing below says anything about it\n")
-    elif not compared:
-        why = "only a share was replayed" if report.rank is not None else "the step has no record"
-        click.echo(f"not compared with the run: {why}\n")
+
+
+def _verdict(found: Comparison) -> str:
+    if found.is_equal:
+        return "equal"
+    difference = found.relative_difference
+    return f"differs by {difference:.1e}" if math.isfinite(difference) else "differs"
 
 
 def _print_first_non_finite(phase: PhaseReport) -> None:
@@ -195,6 +206,8 @@ def _print_modules(phase: PhaseReport, part: str | None, depth: int, suffix: str
 def _cells(values: TensorStatistics) -> tuple[str, ...]:
     if not values.count:
         return ("",) * 5
+    if values.count == values.non_finite:
+        return ("nan", "nan", "nan", "", str(values.non_finite))
     return (
         f"{values.mean:.2e}",
         f"{values.std:.2e}",
@@ -205,9 +218,7 @@ def _cells(values: TensorStatistics) -> tuple[str, ...]:
 
 
 def _print_parameters(phase: PhaseReport, part: str | None, top: int, suffix: str) -> None:
-    wanted = [
-        p for p in phase.parameters if (part or "").replace(".", "/", 0) in p.name.replace("/", ".")
-    ]
+    wanted = [p for p in phase.parameters if (part or "") in p.name.replace("/", ".")]
     bad = [p.name for p in wanted if p.weight_non_finite]
     if bad:
         click.echo(f"weights that are not finite: {', '.join(bad)}\n")
@@ -265,4 +276,6 @@ def _print_kernels(report: ReplayReport, part: str | None, top: int) -> None:
     click.echo(f"  first gradient that does, coming from the loss: {backward}")
     worst = sorted(found, key=lambda d: max(d.output, d.gradient), reverse=True)[:top]
     rows = [(d.name, d.kind, f"{d.output:.1e}", f"{d.gradient:.1e}") for d in worst]
-    print_table("", ("module", "kind", "output differs by", "gradient differs by"), rows, right=(2, 3))
+    print_table(
+        "", ("module", "kind", "output differs by", "gradient differs by"), rows, right=(2, 3)
+    )

@@ -70,7 +70,11 @@ def run_trial(
         verdicts = [*_checks(whole, small), _resume_check(whole, resumed, small)]
         seconds = time.monotonic() - started
     rows = [["ok" if v.is_good else "FAILS", v.what, v.found] for v in verdicts]
-    print_table(f"{recipe}, smallest form: {small.train.steps} steps on {_ranks(ranks)}", ["", "check", "found"], rows)
+    print_table(
+        f"{recipe}, smallest form: {small.train.steps} steps on {_ranks(ranks)}",
+        ["", "check", "found"],
+        rows,
+    )
     is_good = all(v.is_good for v in verdicts)
     where = f"; the runs are in {folder}" if keep else ""
     click.echo(f"{'all checks hold' if is_good else 'SOMETHING IS WRONG'} ({seconds:.0f} s){where}")
@@ -79,7 +83,9 @@ def run_trial(
 
 def yaml_value(value: Any) -> str:
     """A value as an override writes it."""
-    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
+    )
 
 
 def _ranks(ranks: int) -> str:
@@ -148,9 +154,7 @@ def _value(config: TrainingConfig, key: str) -> Any:
     return found
 
 
-def _print_changes(
-    config: TrainingConfig, small: TrainingConfig, changes: dict[str, Any]
-) -> None:
+def _print_changes(config: TrainingConfig, small: TrainingConfig, changes: dict[str, Any]) -> None:
     rows = [
         (key, _short(_value(config, key)), _short(_value(small, key)))
         for key in changes

@@ -47,7 +47,9 @@ class _Recorder(Visitor):
         self.outputs[name] += [t.detach().to("cpu", copy=True) for t in float_tensors(output)]
 
     def gradient(self, name: str, module: nn.Module, grad_input: Any, grad_output: Any) -> None:
-        self.gradients[name] += [t.detach().to("cpu", copy=True) for t in float_tensors(grad_output)]
+        self.gradients[name] += [
+            t.detach().to("cpu", copy=True) for t in float_tensors(grad_output)
+        ]
 
 
 def compare_kernels(

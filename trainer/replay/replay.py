@@ -36,8 +36,7 @@ from .kernels import compare_kernels
 from .parameters import named_parameters, report_gradients
 from .report import Comparison, ReplayReport
 from .samples import sample_losses
-from .statistics import StatisticsVisitor, Stop
-from .statistics import visit_modules
+from .statistics import StatisticsVisitor, Stop, visit_modules
 from .streaming import StreamedNetworks
 
 __all__ = ["ReplayOptions", "replay_step"]
@@ -231,9 +230,7 @@ def _replay_streamed(session: _Session, step: int) -> ReplayReport:
     assert found.manifest is not None
     state = found.manifest.state
     session.data.check_fingerprint(state["data"]["fingerprint"])
-    networks = StreamedNetworks(
-        session.task, session.config, found.path, session.topology.device
-    )
+    networks = StreamedNetworks(session.task, session.config, found.path, session.topology.device)
     plan = session.history.plan(step, state["train"]["samples"])
     return _measure(session, networks, plan, found.step)
 

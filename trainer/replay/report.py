@@ -33,12 +33,12 @@ class Comparison:
 
     @property
     def relative_difference(self) -> float:
-        """Infinite where one of the two is not finite and they are not the same."""
+        """Infinite where they are not the same and one is not finite, or the recorded one is zero."""
         if self.is_equal:
             return 0.0
-        if not (math.isfinite(self.recorded) and math.isfinite(self.replayed)):
+        if not (math.isfinite(self.recorded) and math.isfinite(self.replayed) and self.recorded):
             return math.inf
-        return abs(self.replayed - self.recorded) / max(abs(self.recorded), 1e-30)
+        return abs(self.replayed - self.recorded) / abs(self.recorded)
 
 
 @dataclass

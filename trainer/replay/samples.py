@@ -98,6 +98,4 @@ def _masked(batch: PackedBatch, row: int) -> PackedBatch:
     part = slice(row * batch.row_length, (row + 1) * batch.row_length)
     targets = torch.full_like(batch.targets, IGNORED)
     targets[part] = batch.targets[part]
-    return dataclasses.replace(
-        batch, targets=targets, target_count=int((targets != IGNORED).sum())
-    )
+    return dataclasses.replace(batch, targets=targets, target_count=int((targets != IGNORED).sum()))
