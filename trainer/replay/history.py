@@ -14,6 +14,7 @@ from ..attempts import read_attempts
 from ..checkpoint.layout import step_folder
 from ..checkpoint.reading import CheckpointInfo, list_checkpoints, verify_checkpoint
 from ..configuration.schema import TrainingConfig
+from ..data.loader import next_start
 from ..metrics.records import read_metrics
 from ..optimization.schedule import learning_rate
 
@@ -108,7 +109,8 @@ class RunHistory:
             ConfigError: the samples do not divide over the ranks.
         """
         record = self.records.get(step)
-        rows, first = self.config.batch_rows, next_sample
+        rows = self.config.batch_rows
+        first = next_start(next_sample, rows, self._left_out())
         if record is not None:
             first = int(record["first_sample"])
             rows = int(record.get("last_sample", first + rows - 1)) - first + 1
@@ -121,6 +123,12 @@ class RunHistory:
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+    def _left_out(self) -> list[tuple[int, int]]:
+        """Samples that rollbacks took out of the order, as far as a checkpoint knows of them."""
+        states = [c.manifest.state["train"] for c in self._checkpoints if c.manifest]
+        ranges = states[-1].get("left_out", []) if states else []
+        return [(first, stop) for first, stop in ranges]
 
     def _world_size(self, step: int) -> int:
         if self._ranks is not None:

@@ -30,7 +30,7 @@ from ..data.loader import PackedLoader
 from ..distributed import Topology
 from ..engines.build import build_engine
 from ..engines.protocol import Engine
-from ..train import start_from
+from ..opening import restore, start_from
 from .history import RunHistory, StepPlan
 from .kernels import compare_kernels
 from .parameters import named_parameters, report_gradients
@@ -195,10 +195,8 @@ def _replay(session: _Session, step: int) -> ReplayReport:
     found = history.find_checkpoint(step)
     reached = samples = 0
     if found is not None:
-        loaded = manager.load(found.path, engine.state_shards(), complete=True)
-        session.data.check_fingerprint(loaded.state["data"]["fingerprint"])
-        engine.load_scalar_state(loaded.state["engine"])
-        reached, samples = loaded.step, loaded.state["train"]["samples"]
+        state = restore(engine, manager, session.data, config, found.path)
+        reached, samples = state.step, state.samples
     elif config.checkpoint.start_from:
         start_from(engine, manager, config)
     for number in range(reached + 1, step):
