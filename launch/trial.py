@@ -26,6 +26,7 @@ from .seam import Verdict, compare_exactly
 
 if TYPE_CHECKING:
     from ..trainer.configuration.schema import TrainingConfig
+    from ..trainer.data.dataset import Dataset
 
 __all__ = ["run_trial", "smallest_settings", "train_with_checks"]
 
@@ -48,12 +49,14 @@ def run_trial(
     Raises:
         WeftError: the recipe cannot work, its data is not here, or the run fails.
     """
-    config = load_recipe(recipe, overrides).config
+    # A length that is asked for need not go with the recipe's own schedule: only with the one made small.
+    apart = [o for o in overrides if not o.startswith(("train.", "schedule."))]
+    config = load_recipe(recipe, apart).config
     changes = smallest_settings(config, ranks, use_builtin=use_builtin)
     # What the user asks for wins over what is made small.
     settings = [*(f"{key}={yaml_value(value)}" for key, value in changes.items()), *overrides]
     small = load_recipe(recipe, settings).config
-    _check_data(small, recipe)
+    data = _open_data(small, recipe)
     _print_changes(config, small, changes)
     with contextlib.ExitStack() as stack:
         folder = (
@@ -67,7 +70,8 @@ def run_trial(
         shutil.copytree(whole, resumed)
         shutil.rmtree(resumed / "checkpoints" / f"step_{small.train.steps:08d}")
         _train(small, resumed, folder, ranks, resume=True)
-        verdicts = [*_checks(whole, small), _resume_check(whole, resumed, small)]
+        evaluates = small.eval.at_end and any(s.held_out.tokens for s in data.sources)
+        verdicts = [*_checks(whole, small, evaluates), _resume_check(whole, resumed, small)]
         seconds = time.monotonic() - started
     rows = [["ok" if v.is_good else "FAILS", v.what, v.found] for v in verdicts]
     print_table(
@@ -170,8 +174,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _check_data(config: TrainingConfig, recipe: str) -> None:
-    """A recipe of which the data is elsewhere is told before anything starts.
+def _open_data(config: TrainingConfig, recipe: str) -> Dataset:
+    """The recipe's data; that it is elsewhere is told before anything starts.
 
     Raises:
         DataError: with the two ways to go on.
@@ -179,7 +183,7 @@ def _check_data(config: TrainingConfig, recipe: str) -> None:
     from ..trainer.data.dataset import open_data
 
     try:
-        open_data(config.data)
+        return open_data(config.data)
     except (DataError, LaunchError) as error:
         raise DataError(
             f"{error}; name data that is here (data.sources.0.path=..., data.vocabulary=...), or try it out on the "
@@ -231,12 +235,12 @@ def train_with_checks(target: str, *, resume: bool) -> int:
         torch.use_deterministic_algorithms(was_deterministic)
 
 
-def _checks(run_dir: Path, config: TrainingConfig) -> list[Verdict]:
+def _checks(run_dir: Path, config: TrainingConfig, evaluates: bool) -> list[Verdict]:
     from ..trainer.metrics.records import read_metrics
 
     records = [r for r in read_metrics(run_dir) if "loss" in r]
     verdicts = [_loss_check(records), _finite_check(records), _gradient_check(run_dir, config)]
-    if config.eval.at_end:
+    if evaluates:
         verdicts.append(_evaluation_check(records))
     times = sorted(r["step_s"] for r in records[1:])
     verdicts.append(

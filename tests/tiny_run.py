@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from weft.trainer.checkpoint.layout import step_folder
 from weft.trainer.checkpoint.reading import read_manifest
@@ -84,3 +87,19 @@ def tensors(run: Path, step: int) -> dict[str, list[str]]:
     """Checksums of every tensor in a checkpoint."""
     manifest = read_manifest(step_folder(run, step))
     return {name: [c.sha256 for c in t.chunks] for name, t in manifest.tensors.items()}
+
+
+def poison(run: Path, step: int, name: str, value: float = float("nan")) -> None:
+    """A wrong number at the beginning of a parameter in a checkpoint that is sound otherwise."""
+    path = step_folder(run, step)
+    manifest = read_manifest(path)
+    stored = manifest.tensors[f"parameters/{name}"]
+    chunk = stored.chunks[0]
+    with open(path / chunk.file, "r+b") as file:
+        file.seek(chunk.offset)
+        file.write(np.float32(value).tobytes())
+        file.seek(chunk.offset)
+        digest = hashlib.sha256(file.read(chunk.bytes)).hexdigest()
+    chunks = (dataclasses.replace(chunk, sha256=digest), *stored.chunks[1:])
+    manifest.tensors[f"parameters/{name}"] = dataclasses.replace(stored, chunks=chunks)
+    (path / "manifest.json").write_text(json.dumps(manifest.to_json()))

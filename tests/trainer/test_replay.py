@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_run import write_recipe
+from tiny_run import poison, write_recipe
 from weft.launch.local import LocalRanks
 from weft.models.errors import CheckpointError, ConfigError
 from weft.trainer.checkpoint.layout import step_folder
@@ -58,22 +56,6 @@ def copy(run: Path, tmp_path: Path) -> Path:
 
 def replay(run: Path, step: int | None, *overrides: str, **options: Any) -> ReplayReport:
     return replay_step(run, ReplayOptions(step=step, **options), overrides)
-
-
-def poison(run: Path, step: int, name: str, value: float = float("nan")) -> None:
-    """A wrong number at the beginning of a parameter in a checkpoint that is sound otherwise."""
-    path = step_folder(run, step)
-    manifest = read_manifest(path)
-    stored = manifest.tensors[f"parameters/{name}"]
-    chunk = stored.chunks[0]
-    with open(path / chunk.file, "r+b") as file:
-        file.seek(chunk.offset)
-        file.write(np.float32(value).tobytes())
-        file.seek(chunk.offset)
-        digest = hashlib.sha256(file.read(chunk.bytes)).hexdigest()
-    chunks = (dataclasses.replace(chunk, sha256=digest), *stored.chunks[1:])
-    manifest.tensors[f"parameters/{name}"] = dataclasses.replace(stored, chunks=chunks)
-    (path / "manifest.json").write_text(json.dumps(manifest.to_json()))
 
 
 def contents(run: Path) -> dict[str, tuple[int, bytes]]:

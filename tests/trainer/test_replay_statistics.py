@@ -192,4 +192,8 @@ def test_a_batch_with_side_tensors_is_run_whole_for_each_row() -> None:
     with_side = dataclasses.replace(batch, side={"latents": torch.zeros(5)})
     assert sample_losses([with_side], evaluate, seed=0) == plain
     assert sizes[3:] == [6, 6, 6]
-    assert [(s.sample, s.loss, s.targets) for s in plain] == [(8, 4.0, 1), (7, 1.5, 2), (9, None, 0)]
+    assert [(s.sample, s.loss, s.targets) for s in plain] == [
+        (8, 4.0, 1),
+        (7, 1.5, 2),
+        (9, None, 0),
+    ]
