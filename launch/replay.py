@@ -141,7 +141,7 @@ def _heading(report: ReplayReport) -> str:
         share = "1 rank"
     origin = "the start values" if report.checkpoint is None else f"checkpoint {report.checkpoint}"
     again = report.step - 1 - (report.checkpoint or 0)
-    trained = f" and {again} steps trained again" if again else ""
+    trained = f" and {_count(again, 'step')} trained again" if again else ""
     streamed = (
         f", streamed: at most {report.peak_weight_bytes / 1e6:.2f} MB of weights at a time"
         if report.peak_weight_bytes
@@ -149,8 +149,12 @@ def _heading(report: ReplayReport) -> str:
     )
     return (
         f"step {report.step} of {report.run_dir}: from {origin}{trained}, {share}, samples {report.first_sample} to "
-        f"{report.last_sample} in {report.micro_batches} micro-batches, {report.compute} on {report.device}{streamed}"
+        f"{report.last_sample} in {_count(report.micro_batches, 'micro-batch', 'es')}, {report.compute} on {report.device}{streamed}"
     )
+
+
+def _count(number: int, thing: str, ending: str = "s") -> str:
+    return f"{number} {thing}{'' if number == 1 else ending}"
 
 
 def _print_values(report: ReplayReport) -> None:

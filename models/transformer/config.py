@@ -145,7 +145,7 @@ class Config(Section):
                 "d_model": DEBUG_WIDTH,
                 "head_dim": head,
                 "n_heads": kv_heads * group,
-                "n_kv_heads": kv_heads,
+                "n_kv_heads": None if self.n_kv_heads is None else kv_heads,
                 # A multiple of 16, as real widths are: kernels take their usual path.
                 "d_ff": max(16, round(self.d_ff / shrink / 16) * 16),
             }

@@ -37,7 +37,8 @@ def test_the_tables_say_what_the_step_was(run: Path) -> None:
     out = done.stdout
     assert f"step 3 of {run}: from checkpoint 2, 1 rank, samples 16 to 23 in 2 micro-batches" in out
     (loss,) = (line for line in out.splitlines() if line.split()[:1] == ["loss"])
-    assert loss.split()[1] == loss.split()[2] and loss.split()[3] == "equal"
+    assert loss.split()[1] == loss.split()[2]
+    assert loss.split()[3] == "equal"
     assert "every module's output and gradient is finite" in out
     for words in ("model.blocks.0.mlp", "model/head.weight", "update / weight", "Highest losses"):
         assert words in out
@@ -61,7 +62,7 @@ def test_a_filter_shows_all_depths_of_what_it_names(run: Path) -> None:
 
 def test_a_share_is_not_compared(run: Path) -> None:
     out = debug(run, "--step", 3, "--ranks", 2, "--rank", 1, "train.micro_batch_tokens=null").stdout
-    assert "rank 1 of 2, samples 20 to 23 in 1 micro-batches" in out
+    assert "rank 1 of 2, samples 20 to 23 in 1 micro-batch," in out
     assert "not compared with the run: only a share was replayed" in out
 
 
@@ -69,7 +70,8 @@ def test_json_and_the_file_hold_the_same(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     done = debug(copy, "--step", 3, "--json", "--out")
     printed = json.loads(done.stdout)
-    assert printed["step"] == 3 and len(printed["samples"]) == 8
+    assert printed["step"] == 3
+    assert len(printed["samples"]) == 8
     assert json.loads((copy / "debug" / "step_00000003.json").read_text()) == printed
     debug(copy, "--step", 3, "--rank", 0, "--out")
     assert (copy / "debug" / "step_00000003_rank_00000.json").exists()

@@ -50,7 +50,8 @@ def test_shipped_recipes_pass(name: str, text: list[str]) -> None:
     done = debug(name, *text, "model.vocab_size=260", *FEW, "run.threads=1")
     assert done.exception is None, done.output
     assert done.return_value == 0, done.output
-    assert "all checks hold" in done.output and "evaluation works" in done.output
+    assert "all checks hold" in done.output
+    assert "evaluation works" in done.output
     assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.is_anomaly_enabled()
 
@@ -103,12 +104,14 @@ def test_the_smallest_form_is_valid_and_small(name: str, ranks: int) -> None:
     settings = [f"{key}={trial.yaml_value(value)}" for key, value in changes.items()]
     small = recipe(name, *settings)
     model, real = small.model, config.model
-    assert isinstance(model, Config) and isinstance(real, Config)
+    assert isinstance(model, Config)
+    assert isinstance(real, Config)
     assert (model.n_layers, model.d_model) == (2, 64)
     assert model.vocab_size == real.vocab_size
     assert model.n_heads // model.kv_heads == real.n_heads // real.kv_heads
     assert model.d_ff / model.d_model == pytest.approx(real.d_ff / real.d_model, rel=0.1)
-    assert small.batch_rows % ranks == 0 and small.train.steps == 20
+    assert small.batch_rows % ranks == 0
+    assert small.train.steps == 20
     for kept in ("norm", "qk_norm", "tie_embeddings", "rope_theta", "z_loss", "rope_scaling"):
         assert getattr(model, kept) == getattr(real, kept)
     assert trial.smallest_settings(small, ranks) == {}
@@ -173,4 +176,5 @@ def test_a_resume_that_shows_fails(finished: tuple[Path, TrainingConfig]) -> Non
     lines[6]["loss"] += 1e-7
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     verdict = trial._resume_check(run_dir, resumed, config)
-    assert not verdict.is_good and verdict.found.startswith("loss: first at step 7")
+    assert not verdict.is_good
+    assert verdict.found.startswith("loss: first at step 7")

@@ -247,9 +247,12 @@ def test_updates_are_measured_against_weights(run: Path) -> None:
     (phase,) = replay(run, 5).phases
     by_name = {p.name: p for p in phase.parameters}
     head, table = by_name["model/head.weight"], by_name["model/embedding.ngrams.weight"]
-    assert head.update_ratio is not None and 1e-4 < head.update_ratio < 1
-    assert table.update_ratio is not None and table.update_ratio > 0
-    assert table.gradient is not None and table.gradient.count < np.prod(table.shape)
+    assert head.update_ratio is not None
+    assert 1e-4 < head.update_ratio < 1
+    assert table.update_ratio is not None
+    assert table.update_ratio > 0
+    assert table.gradient is not None
+    assert table.gradient.count < np.prod(table.shape)
     total = sum(p.gradient_norm**2 for p in phase.parameters if p.gradient_norm) ** 0.5
     assert total == pytest.approx({**replay(run, 5).values}["grad_norm"], rel=1e-5)
 
@@ -306,7 +309,8 @@ def test_the_reference_kernels_agree_with_those_that_ran(run: Path) -> None:
     report = replay(run, 5, reference=True)
     assert report.kernels in ("cpu", "triton")
     names = [d.name for d in report.kernel_differences]
-    assert names[0] == "model" and "model.blocks.2.mlp_norm" in names
+    assert names[0] == "model"
+    assert "model.blocks.2.mlp_norm" in names
     worst = max(max(d.output, d.gradient) for d in report.kernel_differences)
     assert worst < 1e-4
     # The step itself was not disturbed by the two passes before it.

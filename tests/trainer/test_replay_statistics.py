@@ -109,7 +109,8 @@ def test_an_exception_says_in_which_module() -> None:
     with pytest.raises(RuntimeError) as caught:
         visit(network)
     assert caught.value.__notes__ == ["in module net.1"]
-    assert not network[0]._forward_hooks and not network[0]._backward_hooks
+    assert not network[0]._forward_hooks
+    assert not network[0]._backward_hooks
 
 
 def test_a_break_is_where_it_was_asked_for() -> None:
@@ -118,7 +119,8 @@ def test_a_break_is_where_it_was_asked_for() -> None:
     visit(network, break_at="net.1", on_break=lambda *values: seen.append(values))
     ((module, inputs, output),) = seen
     assert module is network[1]
-    assert inputs[0][0].shape == (3, 2) and output.shape == (3, 1)
+    assert inputs[0][0].shape == (3, 2)
+    assert output.shape == (3, 1)
 
 
 def test_a_recomputed_forward_is_counted_once() -> None:
