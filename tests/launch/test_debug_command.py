@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -151,3 +152,16 @@ def test_a_debugger_opens_where_a_value_goes_wrong(run: Path, tmp_path: Path) ->
     )
     assert "(Pdb) (True, 128)" in out
     assert "FIRST NOT FINITE: forward of model.blocks.0.mlp_norm; not finite in it" in out
+
+
+def test_the_commands_of_the_page_run(run: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "debug.md").read_text()
+    found = re.findall(r"^weft debug (runs/\S+) (.*)$", page, re.M)
+    assert {name for name, _ in found} == {"runs/debug", "runs/broken"}
+    for _, options in found:
+        # The run of this file is shorter: steps 15 and 11 of the page are its steps 4 and 3.
+        words = (
+            options.replace("15", "4").replace("11", "3").replace("blocks.1", "blocks.0").split()
+        )
+        done = debug(run, *words, stdin="c\nc\n") if "--break" not in words else None
+        assert done is None or done.exit_code == 0

@@ -22,6 +22,7 @@ from ...models import build_task
 from ...models.batch import PackedBatch
 from ...models.errors import ConfigError
 from ...models.task import Task
+from ..base_weights import load_base_weights
 from ..checkpoint.manager import CheckpointManager
 from ..configuration.load import load_run_config
 from ..configuration.schema import TrainingConfig
@@ -194,11 +195,13 @@ def _replay(session: _Session, step: int) -> ReplayReport:
     manager = CheckpointManager(history.run_dir, config.checkpoint, session.topology)
     found = history.find_checkpoint(step)
     reached = samples = 0
-    if found is not None:
-        state = restore(engine, manager, session.data, config, found.path)
-        reached, samples = state.step, state.samples
+    restored = restore(engine, manager, session.data, config, found.path) if found else None
+    if restored is not None:
+        reached, samples = restored.train.step, restored.train.samples
     elif config.checkpoint.start_from:
         start_from(engine, manager, config)
+    known = restored.base_weights if restored else {}
+    load_base_weights(session.task, engine, manager, is_new=restored is None, known=known)
     for number in range(reached + 1, step):
         session.say(f"training step {number} again ({number - reached} of {step - 1 - reached})")
         plan = history.plan(number, samples)

@@ -20,7 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from ...models.batch import PackedBatch
 from ...models.errors import CheckpointError
 from ...models.task import LossOutput, Task
-from ..checkpoint.reading import read_manifest, read_range
+from ..base_weights import weights_digest
+from ..checkpoint.layout import StoredTensor
+from ..checkpoint.reading import find_checkpoint, read_manifest, read_range
 from ..configuration.schema import TrainingConfig
 from ..seeding import seed_micro_batch
 from .parameters import ParameterReport, named_parameters, weight_report
@@ -47,9 +49,9 @@ class StreamedNetworks:
     ) -> None:
         self.task, self.device, self.seed = task, device, config.run.seed
         self._compute = config.precision.compute
-        self._path, self._manifest = path, read_manifest(path)
         with torch.device("meta"):
             self.networks = task.build_networks()
+        self._places = self._find_places(path)
         self._empty_parameters()
         self.reports: dict[str, ParameterReport] = {}
         self.peak_bytes = self._held_bytes = 0
@@ -122,12 +124,37 @@ class StreamedNetworks:
                         made[id(old)] = new
                     module._parameters[name] = made[id(old)]
 
+    def _find_places(self, path: Path) -> dict[str, tuple[Path, StoredTensor]]:
+        """Folder and entry of each parameter: in the run's checkpoint, or in that of another run where its weights stay."""
+        manifest = read_manifest(path)
+        found = {
+            name.removeprefix("parameters/"): (path, stored)
+            for name, stored in manifest.tensors.items()
+            if name.startswith("parameters/")
+        }
+        known = manifest.state.get("base_weights", {})
+        for base in self.task.base_weights(self.networks):
+            if not base.stays_there:
+                continue
+            source = find_checkpoint(Path(base.source))
+            if source is None:
+                raise CheckpointError(f"{base.key}: {base.source} holds no complete checkpoint")
+            theirs = read_manifest(source)
+            if weights_digest(theirs, base.parameters) != known.get(base.key):
+                raise CheckpointError(
+                    f"{base.key} holds other weights than this run was trained with; point it to those"
+                )
+            for ours, name in base.parameters.items():
+                if f"parameters/{name}" in theirs.tensors:
+                    found[ours] = (source, theirs.tensors[f"parameters/{name}"])
+        return found
+
     def _check(self, name: str, parameter: Tensor) -> None:
-        stored = self._manifest.tensors.get(f"parameters/{name}")
+        stored = self._places[name][1] if name in self._places else None
         if stored is None or stored.shape != tuple(parameter.shape):
             found = "nothing" if stored is None else f"shape {list(stored.shape)}"
             raise CheckpointError(
-                f"{self._path} holds {found} for {name}, which has shape {list(parameter.shape)}; "
+                f"the checkpoint holds {found} for {name}, which has shape {list(parameter.shape)}; "
                 "is the model section the one it was saved with?"
             )
 
@@ -167,7 +194,7 @@ class StreamedNetworks:
         parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
         # `.data` has a version counter of its own: to autograd the weights are the same as ever.
         flat = parameter.data.view(-1)
-        read_range(self._path, self._manifest.tensors[f"parameters/{name}"], 0, flat)
+        read_range(*self._places[name], 0, flat)
         self._held_bytes += parameter.untyped_storage().nbytes()
         self.peak_bytes = max(self.peak_bytes, self._held_bytes)
         if name not in self.reports:
