@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_base_weights import LOOKED_AT, BasedTask
 from tiny_run import poison, write_recipe
 from weft.launch.local import LocalRanks
 from weft.models.errors import CheckpointError, ConfigError
+from weft.trainer import opening
 from weft.trainer.checkpoint.layout import step_folder
-from weft.trainer.checkpoint.reading import read_manifest
+from weft.trainer.checkpoint.reading import read_manifest, read_tensor
 from weft.trainer.configuration.load import load_config, load_run_config
+from weft.trainer.replay import replay as replay_module
 from weft.trainer.replay.replay import ReplayOptions, replay_step
 from weft.trainer.replay.report import ReplayReport
 from weft.trainer.train import train
@@ -323,3 +326,25 @@ def test_the_report_is_strict_json(copy: Path) -> None:
     assert found["values"]["loss"] == "NaN"
     assert found["phases"][0]["first_non_finite"]["module"] == "model.norm"
     assert found["samples"][0]["text"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_weights_that_stay_in_another_run_are_found_there(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    class Task(BasedTask):
+        source = str(run)
+
+    for module in (opening, replay_module):
+        monkeypatch.setattr(module, "build_task", Task)
+    recipe = write_recipe(tmp_path, **CHANGES)
+    assert train(load_config(str(recipe), [], tmp_path).config) == 0
+    expected = read_tensor(step_folder(run, STEPS), f"parameters/model/{LOOKED_AT}")
+    Task.seen = None
+    report = replay(tmp_path / "run", 4, stream=stream)
+    assert Task.seen is not None
+    assert torch.equal(Task.seen, expected)
+    assert {c.name: c for c in report.comparisons}["loss"].is_equal
+    Task.source = str(step_folder(run, EVERY))
+    with pytest.raises((CheckpointError, ConfigError), match=r"model.base holds other weights"):
+        replay(tmp_path / "run", 4, stream=stream)
