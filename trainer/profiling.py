@@ -87,5 +87,5 @@ class StepProfiler:
         if self._has_cuda:
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
-        self._profiler = profile(activities=activities, record_shapes=True)
+        self._profiler = profile(activities=activities, record_shapes=True, acc_events=True)
         self._profiler.start()
