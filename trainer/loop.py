@@ -35,6 +35,7 @@ from .metrics.records import plain_json
 from .metrics.throughput import StepClock, add_rates, peak_flops
 from .optimization.schedule import learning_rate
 from .policies import NonFinitePolicy, Rollback, SpikePolicy, Stop, StopRequest, is_due
+from .profiling import StepProfiler
 from .seeding import rng_state
 from .watchdog import Phase
 
@@ -86,6 +87,7 @@ class Run:
     fixed_state: dict[str, Any]
     """What every checkpoint says about the run besides its progress: fingerprints, configuration hash."""
     supervision: Supervision
+    profiler: StepProfiler
     count_names: tuple[str, ...] = ()
     """Counts of a step, once one is known."""
     verdict: Rollback | None = None
@@ -168,10 +170,12 @@ def _train_until_stopped(run: Run, stop: StopRequest) -> Stop:
             break
         assert step_batch is not None
         step = state.step + 1
+        run.profiler.begin(step)
         values = _train_step(run, step, step_batch, agreed)
         _advance(state, run, step_batch)
         lap = clock.lap(step_batch.wait_s)
         accumulator.add(step, {**values, **lap, **_progress_values(state)})
+        run.profiler.end(step)
 
         is_last = step == config.train.steps
         wants_save = is_last or is_due(config.checkpoint.every, step) or agreed.save

@@ -26,6 +26,7 @@ from .metrics.progress import Progress
 from .metrics.recorder import MetricsRecorder
 from .metrics.records import METRICS_FILE
 from .policies import SpikePolicy, StopRequest
+from .profiling import StepProfiler
 
 __all__ = ["open_run"]
 
@@ -99,6 +100,7 @@ def open_run(
             "base_weights": base_weights,
         },
         supervision=supervision,
+        profiler=StepProfiler(config.train, config.run_dir, topology),
     )
     supervision.event("opened", step=state.step, train_seconds=state.seconds)
     return run

@@ -43,7 +43,7 @@ class StepProfiler:
         self._seen: list[int] = []
 
     def begin(self, step: int) -> None:
-        """Called before a step's data is fetched."""
+        """Called before a step."""
         if self._range is None or not self._range[0] <= step <= self._range[1]:
             return
         if self._profiler is None:

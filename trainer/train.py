@@ -162,6 +162,7 @@ def _run(
         if run is not None:
             run.loader.close()
             run.recorder.close()
+            run.profiler.close()
             run.checkpoints.close(abandon=is_lost)
 
 

@@ -36,6 +36,7 @@ ENGINES: list[tuple[str, dict[str, Any], int]] = [
     ("torch", {"strategy": "fsdp"}, 1),
     ("torch", {"strategy": "ddp"}, 2),
     ("torch", {"strategy": "fsdp"}, 2),
+    ("torch", {"strategy": "fsdp", "reduce_gradients": "each"}, 2),
     ("torch", {"strategy": "ddp"}, 4),
     ("torch", {"strategy": "fsdp"}, 4),
     ("torch", {"strategy": "hsdp", "shard_ranks": 2, "replicate_ranks": 2}, 4),

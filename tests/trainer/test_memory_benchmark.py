@@ -55,6 +55,14 @@ def test_one_process(recomputation: str, micro: int) -> None:
     [
         (2, ["parallel.strategy=ddp", "parallel.activation_checkpointing=block"]),
         (2, ["parallel.strategy=fsdp", "train.micro_batch_tokens=256"]),
+        (
+            2,
+            [
+                "parallel.strategy=fsdp",
+                "train.micro_batch_tokens=256",
+                "parallel.reduce_gradients=each",
+            ],
+        ),
     ],
 )
 def test_several_ranks(ranks: int, overrides: list[str]) -> None:

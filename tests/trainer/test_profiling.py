@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from test_resume import run_new
 from weft.trainer.configuration.run import TrainConfig
 from weft.trainer.distributed import Topology
 from weft.trainer.profiling import StepProfiler
@@ -63,3 +64,10 @@ def test_a_folder_that_cannot_be_written_costs_the_trace_only(tmp_path: Path) ->
 def test_what_is_no_range_is_refused(wanted: str) -> None:
     with pytest.raises(ValidationError, match="first:last"):
         TrainConfig(profile=wanted)
+
+
+def test_a_run_profiles_its_steps(tmp_path: Path) -> None:
+    run = run_new(tmp_path, "train.profile=3:4", "train.steps=6", "schedule.horizon_steps=9")
+    (path,) = (run / "profile").rglob("*.json")
+    assert path.name == "steps_00000003_00000004.json"
+    assert products(path)

@@ -25,6 +25,10 @@ class ParallelConfig(Section):
     replicate_ranks: int | None = Field(
         None, gt=0, description="hsdp: number of copies of the weights"
     )
+    reduce_gradients: Literal["last", "each"] = Field(
+        "last",
+        description="fsdp, hsdp: after the last micro-batch only, which keeps whole gradients on every rank till then, or after each, which communicates more and keeps a part",
+    )
     activation_checkpointing: Literal["none", "block", "selective"] = Field(
         "none",
         description="recompute nothing, whole blocks, or all but matrix products and attention",

@@ -55,6 +55,7 @@ class TorchEngine(Engine):
     ) -> None:
         self.task, self.topology, self.optimizer_config, self.seed = task, topology, optimizer, seed
         self.precision = precision
+        self._reduces_each = parallel.reduce_gradients == "each"
         self.count_of: dict[str, str] = {}
         self._withheld: dict[str, tuple[tuple[str, ...], Tensor]] = {}
         self.strategy = pick_strategy(parallel, topology)
@@ -199,12 +200,12 @@ class TorchEngine(Engine):
         return StepResult(grad_norm, 1.0 - keep)
 
     def _set_sync(self, *, is_last: bool) -> None:
-        """Accumulate locally until the last micro-batch; only its backward communicates."""
+        """Accumulate locally until the last micro-batch, so that only its backward communicates, unless memory is short."""
         if self._sync is not None:
             self._sync.is_enabled = is_last
         for network in self.networks.values():
             if isinstance(network, FSDPModule):
-                network.set_requires_gradient_sync(is_last)
+                network.set_requires_gradient_sync(is_last or self._reduces_each)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision.compute == "fp32" or self.mesh is not None:

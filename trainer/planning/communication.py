@@ -61,8 +61,9 @@ def count_communication(config: TrainingConfig, layout: Layout) -> Communication
     twice = (2 * sizes.blocks + sizes.ends) * size * times
     gather = scatter = reduce = 0.0
     if layout.strategy in ("fsdp", "hsdp"):
-        gather, scatter = twice, dense * GRADIENT_BYTES
-        reduce = 2 * _ring(copies) * dense / shards * GRADIENT_BYTES
+        each = times if layout.reduces_each else 1
+        gather, scatter = twice, dense * GRADIENT_BYTES * each
+        reduce = 2 * _ring(copies) * dense / shards * GRADIENT_BYTES * each
     elif layout.strategy == "ddp":
         reduce = 2 * _ring(ranks) * dense * GRADIENT_BYTES
     elif layout.strategy == "zero3":

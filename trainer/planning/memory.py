@@ -35,6 +35,7 @@ class Layout:
         strategy: single, ddp, fsdp, hsdp, or zero1 to zero3 for DeepSpeed.
         shard_ranks: ranks that share one copy of what is sharded.
         offload: zero only: `optimizer` keeps master weights and moments on the host, `all` the weights too.
+        reduces_each: fsdp and hsdp: gradients are reduced and split after every micro-batch.
     """
 
     strategy: str
@@ -43,6 +44,7 @@ class Layout:
     micro_batch_tokens: int
     micro_batches: int
     offload: str = "none"
+    reduces_each: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def resolve_layout(config: TrainingConfig, ranks: int) -> Layout:
         "fsdp": ranks,
         "hsdp": parallel.shard_ranks or ranks // (parallel.replicate_ranks or 1),
     }
-    return Layout(strategy, ranks, shard.get(strategy, 1), micro, share // micro)
+    each = parallel.reduce_gradients == "each"
+    return Layout(strategy, ranks, shard.get(strategy, 1), micro, share // micro, reduces_each=each)
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ def _zero_state(sizes: _Sizes, layout: Layout, size: int, fixed: int) -> Memory:
 def _gradients(sizes: _Sizes, layout: Layout, size: int, done: int, is_only: bool) -> int:
     """Bytes of gradients when `done` dense parameters have those of the last micro-batch.
 
-    With more than one micro-batch the others left theirs: FSDP2 keeps them whole, as only the last one communicates;
+    With more than one micro-batch the others left theirs: FSDP2 keeps them whole where only the last one communicates;
     ZeRO 2 and 3 split them after each.
 
     Args:
@@ -189,6 +192,8 @@ def _gradients(sizes: _Sizes, layout: Layout, size: int, done: int, is_only: boo
             if is_only
             else rows + -(-sizes.dense // parts) * GRADIENT_BYTES
         )
+    if strategy in SHARDED and layout.reduces_each and not is_only:
+        return rows + -(-sizes.dense // layout.shard_ranks) * GRADIENT_BYTES
     if strategy in SHARDED:
         return rows + (split + (0 if is_only else sizes.dense - done)) * GRADIENT_BYTES
     return rows + (done if is_only else sizes.dense) * GRADIENT_BYTES
