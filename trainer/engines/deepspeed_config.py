@@ -17,7 +17,7 @@ from ...models.errors import ConfigError
 from ...models.section import Section
 from ..optimization.config import OptimizerConfig
 
-__all__ = ["DeepSpeedConfig", "Expected", "merge_settings", "read_settings"]
+__all__ = ["DeepSpeedConfig", "Expected", "merge_settings", "read_settings", "zero_layout"]
 
 DEFAULT_STAGE = 2
 KEY = "parallel.deepspeed.config"
@@ -80,10 +80,39 @@ def merge_settings(config: DeepSpeedConfig, expected: Expected) -> dict[str, Any
         ConfigError: the user's JSON says something else than the run's configuration, or what Weft does not do.
     """
     settings = read_settings(config)
-    zero = settings.setdefault("zero_optimization", {})
     _check_batch(settings, expected)
     _check_optimizer(settings, expected.optimizer)
     _check_precision(settings, expected.compute)
+    _merge_zero(config, settings)
+    return settings | {
+        # Weft calls backward for each micro-batch and tells DeepSpeed which one is the last.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # Clipping and withholding happen in the optimizer that Weft hands over.
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": expected.compute == "bf16"},
+        # Weft reduces in fp32 whatever it computes in.
+        "communication_data_type": "fp32",
+        "steps_per_print": settings.get("steps_per_print", 2**31),
+    }
+
+
+def zero_layout(config: DeepSpeedConfig) -> tuple[int, str]:
+    """(ZeRO stage, what lives on the host: `none`, `optimizer` or `all`), for a plan.
+
+    Raises:
+        ConfigError: as `merge_settings`.
+    """
+    zero = _merge_zero(config, read_settings(config))
+    if "offload_param" in zero:
+        return zero["stage"], "all"
+    return zero["stage"], "optimizer" if "offload_optimizer" in zero else "none"
+
+
+def _merge_zero(config: DeepSpeedConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    zero: dict[str, Any] = settings.setdefault("zero_optimization", {})
     stage = _agree(
         "zero_optimization.stage",
         zero.get("stage"),
@@ -101,19 +130,7 @@ def merge_settings(config: DeepSpeedConfig, expected: Expected) -> dict[str, Any
         raise ConfigError(
             f"parallel.deepspeed.offload_parameters needs stage 3, this is stage {zero['stage']}; set parallel.deepspeed.zero_stage=3"
         )
-    return settings | {
-        # Weft calls backward for each micro-batch and tells DeepSpeed which one is the last.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        # Clipping and withholding happen in the optimizer that Weft hands over.
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": expected.compute == "bf16"},
-        # Weft reduces in fp32 whatever it computes in.
-        "communication_data_type": "fp32",
-        "steps_per_print": settings.get("steps_per_print", 2**31),
-    }
+    return zero
 
 
 def _agree(theirs_name: str, theirs: Any, ours_name: str, ours: Any) -> Any:

@@ -29,6 +29,7 @@ from ..seeding import seed_micro_batch
 from .config import ParallelConfig, PrecisionConfig
 from .deepspeed_config import Expected, merge_settings
 from .protocol import Engine, StepResult, TensorShard
+from .torch_engine import wrap_blocks
 
 __all__ = ["DeepSpeedEngine"]
 
@@ -100,6 +101,7 @@ class DeepSpeedEngine(Engine):
         _import_deepspeed(topology)
         _join_alone(topology)
         self.networks = self._build_networks()
+        wrap_blocks(task.blocks(self.networks), parallel)
         self.groups = [g for g in task.parameter_groups(self.networks) if g.parameters]
         self._trained, self._frozen = self._split_groups()
         self._adamw = self._build_optimizer()
@@ -214,20 +216,16 @@ class DeepSpeedEngine(Engine):
         return self._engine.optimizer
 
     def _held(self) -> Iterator[tuple[str, HeldRange]]:
-        """Every trained parameter that this rank holds a part of."""
+        """Every trained parameter, with the part of it that this rank holds, which may be empty."""
         for name, parameter in self._named():
-            if name in self._frozen:
-                continue
-            held = self._in_stage_3(parameter) if self.stage == 3 else _in_partition(parameter)
-            if held is not None:
-                yield name, held
+            if name not in self._frozen:
+                find = self._in_stage_3 if self.stage == 3 else _in_partition
+                yield name, find(parameter)
 
-    def _in_stage_3(self, parameter: Any) -> HeldRange | None:
+    def _in_stage_3(self, parameter: Any) -> HeldRange:
         group, offset, length = self._zero.grad_position[self._zero.get_param_id(parameter)]
-        start = self.topology.rank * length
+        start = min(self.topology.rank * length, parameter.ds_numel)
         count = min(length, parameter.ds_numel - start)
-        if count <= 0:
-            return None
         flat = self._zero.fp32_partitioned_groups_flat[group]
         state = self._adamw.state[flat]
         return HeldRange(
@@ -285,6 +283,9 @@ class DeepSpeedEngine(Engine):
         for settings in self._adamw.param_groups:
             settings["lr"] = learning_rate * settings["lr_scale"]
         self._engine.step()
+        if self.stage == 3 and self._zero.overflow:
+            # A step that DeepSpeed gave up left parameters ungathered that the next one expects to be there.
+            self.after_load()
         return StepResult(grad_norm, 1.0 - keep)
 
     def _grad_norm(self) -> Tensor:
@@ -348,6 +349,8 @@ class DeepSpeedEngine(Engine):
         if self.stage != 3:
             self._zero.update_lp_params()
             return
+        # What is still gathered would be computed with as it is.
+        self._zero._partition_all_parameters()
         for group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         if self._zero.persistent_parameters:
@@ -381,11 +384,12 @@ class DeepSpeedEngine(Engine):
         return found
 
 
-def _in_partition(parameter: Any) -> HeldRange | None:
+def _in_partition(parameter: Any) -> HeldRange:
     """Of stages 1 and 2, whose partitions cut anywhere."""
     place = getattr(parameter, "_hp_mapping", None)
     if place is None:
-        return None
+        nothing = torch.empty(0, device=parameter.device)
+        return HeldRange(0, nothing, {"exp_avg": nothing, "exp_avg_sq": nothing})
     return HeldRange(
         place.lp_fragment_address.start,
         place.hp_fragment.data.view(-1),
