@@ -1,0 +1,96 @@
+"""Ranks of one run as forks of this process, which has imported torch already: a start takes a fraction of a second.
+
+For tools that start a run many times on CPUs. A fork has the imports, and nothing else, of its parent: the parent never runs
+a kernel, joins a process group or asks for a GPU, for threads and CUDA contexts do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .local import LocalRanks, environment_of
+
+__all__ = ["ForkedRanks", "import_trainer"]
+
+
+def import_trainer() -> None:
+    """Import, once and in this process, what every rank would import for itself."""
+    import torch
+
+    from ..trainer import train  # noqa: F401
+    from ..trainer.engines import torch_engine  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+class ForkedRanks(LocalRanks):
+    """`weft ARGUMENTS` on several ranks over gloo, each a fork; see LocalRanks."""
+
+    @staticmethod
+    def _start(
+        arguments: Sequence[str], rank: int, ranks: int, log: Path, shared: dict[str, str]
+    ) -> _Fork:
+        return _Fork(arguments, environment_of(rank, ranks, shared), log)
+
+
+class _Fork:
+    """A forked process with the part of Popen's interface that ranks need."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self.returncode: int | None = None
+        # What is still buffered would be written by both.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _run_command(arguments, environment, log)
+
+    def poll(self) -> int | None:
+        return self._reap(os.WNOHANG)
+
+    def wait(self) -> int:
+        code = self._reap(0)
+        assert code is not None
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def _reap(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+def _run_command(arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    """The rest of a child's life; never returns."""
+    code = 1
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        for stream in (1, 2):
+            os.dup2(out, stream)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = ["weft", *arguments]
+        from .cli import main
+
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not the parent's clean-up: handlers at exit, temporary folders, buffers.
+        os._exit(code)
