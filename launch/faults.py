@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -134,6 +135,28 @@ def _save_file_then_kill(target: Target) -> None:
     target.signal(signal.SIGKILL)
 
 
+def _pause_one_then_kill(target: Target) -> None:
+    """The others wait for it, and go on with it."""
+    rank = [target.chance.randrange(len(target.ranks.processes))]
+    target.signal(signal.SIGSTOP, rank)
+    time.sleep(0.3)
+    target.signal(signal.SIGCONT, rank)
+    target.sleep_up_to(8 * target.pace.step_s)
+    target.signal(signal.SIGKILL)
+
+
+def _full_disk_then_kill(target: Target) -> None:
+    """The last rank, which keeps no records, can write no file for some steps: saves fail, the run goes on."""
+    pid = target.ranks.processes[-1].pid
+    limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (16, limits[1]))
+    target.sleep_up_to(16 * target.pace.step_s + 2 * target.pace.save_s)
+    if target.ranks.processes[-1].poll() is None:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+    target.sleep_up_to(8 * target.pace.step_s)
+    target.signal(signal.SIGKILL)
+
+
 # What is done to the folder once the ranks are gone
 
 
@@ -164,6 +187,35 @@ def _flip(run: Path, chance: random.Random) -> None:
 
 def _remove_shard(run: Path, chance: random.Random) -> None:
     _data_file(run, chance).unlink()
+
+
+def _remove_manifest(run: Path, chance: random.Random) -> None:
+    (newest_checkpoints(run)[-1] / "manifest.json").unlink()
+
+
+def _lose_pointer(run: Path, chance: random.Random) -> None:
+    """As if the machine went down between the rename of a checkpoint and the move of the pointer."""
+    latest = run / "checkpoints" / "latest"
+    if chance.random() < 0.5:
+        latest.unlink(missing_ok=True)
+    elif found := newest_checkpoints(run):
+        latest.write_text(f"{found[0].name}\n")
+
+
+def _leave_half_folder(run: Path, chance: random.Random) -> None:
+    """Under the final name of a step to come: it must not stand in the way of its save."""
+    found = newest_checkpoints(run)
+    step = int(found[-1].name.removeprefix("step_")) if found else 0
+    half = run / "checkpoints" / f"step_{step + 4 - step % 4:08d}"
+    half.mkdir(parents=True, exist_ok=True)
+    (half / "rank_00000_00.safetensors").write_bytes(b"half")
+
+
+def _tear_records(run: Path, chance: random.Random) -> None:
+    path = run / "metrics.jsonl"
+    if path.is_file():
+        with open(path, "ab") as file:
+            file.write(b'{"step": 3, "lo')
 
 
 def _leave_temporary(run: Path, chance: random.Random) -> None:
@@ -225,11 +277,18 @@ FAULTS = (
     Fault("SIGUSR2", _ANY, _send(signal.SIGUSR2), SAVED),
     Fault("a signal to one rank", _ANY, _send_to_one, SAVED, needs_ranks=True),
     Fault("two signals", _ANY, _send(signal.SIGUSR2, signal.SIGTERM), SAVED),
+    Fault("SIGINT", _ANY, _send(signal.SIGINT), SAVED),
     Fault("STOP file", (_after_ranks_have_met,), _stop_file, SAVED),
     Fault("SAVE file, then kill -9", (_after_ranks_have_met,), _save_file_then_kill),
+    Fault("a rank stands still, then kill -9", (_in_a_step, _in_a_save), _pause_one_then_kill),
+    Fault("full disk, then kill -9", (_in_a_step,), _full_disk_then_kill, needs_ranks=True),
     Fault("truncated shard", (_in_a_step,), after=_truncate, damages=True),
     Fault("flipped bit", (_in_a_step,), after=_flip, damages=True),
     Fault("missing shard", (_in_a_step,), after=_remove_shard, damages=True),
+    Fault("missing manifest", (_in_a_step,), after=_remove_manifest, damages=True),
+    Fault("lost pointer", (_in_a_save,), after=_lose_pointer),
+    Fault("torn records", (_in_a_step,), after=_tear_records),
+    Fault("half a checkpoint", (_in_a_step,), after=_leave_half_folder),
     Fault("leftovers of a save", (_in_a_step,), after=_leave_temporary),
     Fault("lock of a dead process", (_in_a_step,), after=_leave_lock),
 )

@@ -56,6 +56,7 @@ class _Soak:
     start: type[LocalRanks]
     pace: Pace
     hits: list[_Hit] = field(default_factory=list)
+    drawn: set[str] = field(default_factory=set)
     spoiled: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     expected_start: int | None = None
@@ -75,7 +76,7 @@ class _Soak:
     def hit(self) -> None:
         """One attempt, one fault."""
         ranks = self.chance.choice(self.worlds)
-        fault = self.chance.choice([f for f in FAULTS if self._is_possible(f, ranks)])
+        fault = self._draw(ranks)
         group = self.begin(ranks)
         is_ahead = last_step(self.run) > self.steps * (len(self.hits) + 1) / (self.faults + 1)
         target = Target(self.run, group, self.pace, self.chance)
@@ -90,6 +91,16 @@ class _Soak:
             self.problems.append(f"{fault.name}: exit codes {codes}\n{group.tail()}")
         if fault.after is not None:
             self._meddle(fault)
+
+    def _draw(self, ranks: int) -> Fault:
+        """By chance, but none again before all that are possible were there."""
+        possible = [f for f in FAULTS if self._is_possible(f, ranks)]
+        if not (left := [f for f in possible if f.name not in self.drawn]):
+            self.drawn.clear()
+            left = possible
+        fault = self.chance.choice(left)
+        self.drawn.add(fault.name)
+        return fault
 
     def _is_possible(self, fault: Fault, ranks: int) -> bool:
         if fault.needs_ranks and ranks < 2:
@@ -161,6 +172,7 @@ def run_soak(
         f"train.steps={steps}",
         "checkpoint.every=4",
         "checkpoint.keep=6",
+        "checkpoint.max_failed_saves=100",
         "logging.every=1",
         "logging.progress=none",
         "eval.at_end=false",

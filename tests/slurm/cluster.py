@@ -123,9 +123,13 @@ class Cluster:
                 f"{', '.join(missing)} not found; on Debian or Ubuntu: apt-get install slurm-wlm munge"
             )
         if self.conf.exists():
-            raise ClusterError(f"{self.folder} holds a cluster already; stop it first, or give another folder")
+            raise ClusterError(
+                f"{self.folder} holds a cluster already; stop it first, or give another folder"
+            )
         if len(str(self.folder)) > 80:
-            raise ClusterError(f"{self.folder} is too long a name for a socket in it; give a shorter folder")
+            raise ClusterError(
+                f"{self.folder} is too long a name for a socket in it; give a shorter folder"
+            )
         for name in ("state", "spool"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._write_config(nodes, cpus, kill_wait, node_timeout)
@@ -135,7 +139,10 @@ class Cluster:
             self._until(lambda: self.ask("scontrol", "ping").returncode == 0, "slurmctld")
             for number in range(1, nodes + 1):
                 self.start_node(f"n{number}")
-            self._until(lambda: self.node_states() == {f"n{i + 1}": "idle" for i in range(nodes)}, "slurmd-n1")
+            self._until(
+                lambda: self.node_states() == {f"n{i + 1}": "idle" for i in range(nodes)},
+                "slurmd-n1",
+            )
         except BaseException:
             self.stop(keep_folder=True)
             self.conf.unlink()
@@ -164,9 +171,18 @@ class Cluster:
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(1024))
-        paths = {name: f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "seed", "pid", "log")}
+        paths = {
+            name: f"--{name}-file={self.folder}/munge.{name}"
+            for name in ("key", "seed", "pid", "log")
+        }
         # --force: folders below /tmp may be written by others, which it would refuse.
-        self._daemon("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *paths.values())
+        self._daemon(
+            "munged",
+            "--foreground",
+            "--force",
+            f"--socket={self.folder}/munge.socket",
+            *paths.values(),
+        )
         self._until((self.folder / "munge.socket").exists, "munged")
 
     def start_node(self, name: str) -> None:
@@ -193,17 +209,28 @@ class Cluster:
         until = time.monotonic() + START_S
         while not is_ready():  # type: ignore[operator]
             if time.monotonic() > until:
-                words = [(self.folder / f"{log}{end}").read_text(errors="replace") for end in (".out", ".log") if (self.folder / f"{log}{end}").is_file()]
-                raise ClusterError(f"{log} did not start within {START_S:.0f} s; the end of its log:\n" + "\n".join(words)[-1500:])
+                words = [
+                    (self.folder / f"{log}{end}").read_text(errors="replace")
+                    for end in (".out", ".log")
+                    if (self.folder / f"{log}{end}").is_file()
+                ]
+                raise ClusterError(
+                    f"{log} did not start within {START_S:.0f} s; the end of its log:\n"
+                    + "\n".join(words)[-1500:]
+                )
             time.sleep(0.1)
 
     def ask(self, *command: str, timeout_s: float = 30.0) -> subprocess.CompletedProcess[str]:
         """Run a command of SLURM against this cluster."""
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=timeout_s
+        )
 
     def node_states(self) -> dict[str, str]:
         """State of each node in sinfo's words, such as idle, mixed, down*."""
-        rows = self.ask("sinfo", "--noheader", "--Node", "--partition=normal", "--format=%N %T").stdout
+        rows = self.ask(
+            "sinfo", "--noheader", "--Node", "--partition=normal", "--format=%N %T"
+        ).stdout
         return dict(line.split()[:2] for line in rows.splitlines() if line.strip())  # type: ignore[misc]
 
     def node_daemon(self, name: str) -> int:
@@ -222,7 +249,10 @@ class Cluster:
             with contextlib.suppress(subprocess.TimeoutExpired, OSError):
                 self.ask("scancel", f"--user={_user()}", timeout_s=5)
                 until = time.monotonic() + STOP_S
-                while self.ask("squeue", "--noheader", timeout_s=5).stdout.strip() and time.monotonic() < until:
+                while (
+                    self.ask("squeue", "--noheader", timeout_s=5).stdout.strip()
+                    and time.monotonic() < until
+                ):
                     time.sleep(0.2)
         for sign in (signal.SIGTERM, signal.SIGKILL):
             family = _family(self.folder)
@@ -280,7 +310,10 @@ def _processes() -> Iterator[tuple[int, int]]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError, IndexError):
-                yield int(entry.name), int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                yield (
+                    int(entry.name),
+                    int((entry / "stat").read_text().rpartition(")")[2].split()[1]),
+                )
 
 
 def _is_marked(pid: int, mark: bytes, *, is_whole: bool) -> bool:
@@ -292,11 +325,20 @@ def _is_marked(pid: int, mark: bytes, *, is_whole: bool) -> bool:
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("verb", choices=("start", "stop", "status"))
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(tempfile.gettempdir()) / f"weft-slurm-{os.getuid()}")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / f"weft-slurm-{os.getuid()}",
+    )
     parser.add_argument("--nodes", type=int, default=2, metavar="N", help="nodes, n1 to nN (2)")
-    parser.add_argument("--cpus", type=int, default=8, metavar="N", help="CPUs each node claims to have (8)")
+    parser.add_argument(
+        "--cpus", type=int, default=8, metavar="N", help="CPUs each node claims to have (8)"
+    )
     args = parser.parse_args(None if arguments is None else list(arguments))
     cluster = Cluster(args.folder)
     try:
@@ -304,7 +346,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
             cluster.start(args.nodes, cpus=args.cpus)
             print(f"export SLURM_CONF={shlex.quote(str(cluster.conf))}")
         elif not cluster.conf.exists():
-            raise ClusterError(f"there is no cluster in {cluster.folder}; start one with: {sys.argv[0]} start")
+            raise ClusterError(
+                f"there is no cluster in {cluster.folder}; start one with: {sys.argv[0]} start"
+            )
         elif args.verb == "status":
             print(f"export SLURM_CONF={shlex.quote(str(cluster.conf))}")
             print(*(f"{name} {state}" for name, state in cluster.node_states().items()), sep="\n")

@@ -14,7 +14,9 @@ from lab import Job, Lab
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     if missing := missing_programs():
-        pytest.skip(f"SLURM is not on this machine ({missing[0]} is missing): apt-get install slurm-wlm munge")
+        pytest.skip(
+            f"SLURM is not on this machine ({missing[0]} is missing): apt-get install slurm-wlm munge"
+        )
     # A path that is short enough for a socket.
     cluster = Cluster(Path(tempfile.mkdtemp(prefix="weft-slurm-")))
     cluster.start(nodes=6, kill_wait=10, node_timeout=8)

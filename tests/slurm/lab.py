@@ -66,8 +66,14 @@ class Job:
 
     def story(self) -> str:
         """Everything it said, for the message of a failed test."""
-        files = [*self.run.parent.glob(f"{self.run.name}/slurm/*.out"), *self.run.glob("logs/*/*.log")]
-        said = [f"{path.relative_to(self.run)}:\n{path.read_text(errors='replace')[-1500:]}" for path in sorted(files)]
+        files = [
+            *self.run.parent.glob(f"{self.run.name}/slurm/*.out"),
+            *self.run.glob("logs/*/*.log"),
+        ]
+        said = [
+            f"{path.relative_to(self.run)}:\n{path.read_text(errors='replace')[-1500:]}"
+            for path in sorted(files)
+        ]
         return "\n".join([*(str(a) for a in self.attempts), *said])
 
 
@@ -76,11 +82,19 @@ class Lab:
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
-        self.recipe = write_recipe(folder, train__steps=STEPS, checkpoint__every=2, run__deadline_margin_s=0)
+        self.recipe = write_recipe(
+            folder, train__steps=STEPS, checkpoint__every=2, run__deadline_margin_s=0
+        )
         self.profiles = folder / "config"
         self.environment = {
-            **{k: v for k, v in cluster.environment.items() if not k.startswith(("SLURM_JOB", "SBATCH_"))},
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "slurm" / "gate"), *filter(None, sys.path)]),
+            **{
+                k: v
+                for k, v in cluster.environment.items()
+                if not k.startswith(("SLURM_JOB", "SBATCH_"))
+            },
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT / "tests" / "slurm" / "gate"), *filter(None, sys.path)]
+            ),
             "XDG_CONFIG_HOME": str(self.profiles),
             "OMP_NUM_THREADS": "1",
         }
@@ -102,7 +116,9 @@ class Lab:
             text=True,
             timeout=LIMIT_S,
         )
-        assert done.returncode == expect, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == expect, (
+            f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done.stdout
 
     def slurm(self, *command: str) -> str:
@@ -111,7 +127,9 @@ class Lab:
         assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
         return done.stdout
 
-    def submit(self, name: str, *options: str, hold_at: int | None = None, crash: bool = False) -> Job:
+    def submit(
+        self, name: str, *options: str, hold_at: int | None = None, crash: bool = False
+    ) -> Job:
         """Submit the recipe as a new run of two nodes, one rank each, held before a step."""
         held = Job(self.folder / name, "")
         if hold_at is not None:
@@ -158,7 +176,9 @@ class Lab:
         until = time.monotonic() + LIMIT_S
         while not is_so():
             if time.monotonic() > until:
-                raise AssertionError(f"{self.slurm('scontrol', 'show', 'job', job.id)}\n{job.story()}")
+                raise AssertionError(
+                    f"{self.slurm('scontrol', 'show', 'job', job.id)}\n{job.story()}"
+                )
             time.sleep(0.1)
 
     def finish(self, job: Job) -> None:

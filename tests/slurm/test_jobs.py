@@ -17,13 +17,12 @@ pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.slow]
 def short_of_time(lab: Lab) -> tuple[Job, Job]:
     """Two jobs held until their time is nearly up; submitted first, because a limit has whole minutes.
 
-    SLURM sends its signal up to 30 s early, so at 20 to 50 s here; the clock of the second stands at 25 s, long before its signal.
+    SLURM sends its signal up to 30 s early, so at 30 to 60 s here; the clock of the second stands at 35 s, long before its signal.
     """
-    cluster = lab.profile("short", "signal_s: 10")
-    by_signal = lab.submit("by-signal", "--time", "1", "--cluster", cluster, hold_at=6)
-    by_clock = lab.submit(
-        *("by-clock", "--time", "2", "--cluster", cluster, "run.deadline_margin_s=95"), hold_at=6
-    )
+    limit = ("--time", "2", "--cluster")
+    by_signal = lab.submit("by-signal", *limit, lab.profile("early", "signal_s: 60"), hold_at=6)
+    margin, late = "run.deadline_margin_s=85", lab.profile("late", "signal_s: 10")
+    by_clock = lab.submit("by-clock", *limit, late, margin, hold_at=6)
     return by_signal, by_clock
 
 
@@ -99,8 +98,9 @@ def test_the_time_limit(lab: Lab, undisturbed: Job, short_of_time: tuple[Job, Jo
     reasons = ("SIGUSR2", "the end of the job's time")
     for job, reason in zip(short_of_time, reasons, strict=True):
         lab.finish(job)
-        first, second = job.attempts
-        assert (first.outcome, first.exit_code) == ("time_limit", 76)
+        # Where the machine is very busy the limit comes twice.
+        first, second, *_ = job.attempts
+        assert (first.outcome, first.exit_code) == ("time_limit", 76), job.story()
         assert first.reason == f"stopped by {reason}"
         assert second.first_step == 6
         assert "back into the queue" in batch_output(job)
