@@ -12,10 +12,12 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..models.errors import LaunchError
 from .local import LocalRanks, environment_of
 
 __all__ = ["ForkedRanks", "import_trainer"]
@@ -41,7 +43,11 @@ def import_trainer() -> None:
 
 
 class ForkedRanks(LocalRanks):
-    """`weft ARGUMENTS` on several ranks over gloo, each a fork; see LocalRanks."""
+    """`weft ARGUMENTS` on several ranks over gloo, each a fork; see LocalRanks.
+
+    Raises:
+        LaunchError: this process has threads, whose locks a fork would find held by nobody.
+    """
 
     @staticmethod
     def _start(
@@ -55,6 +61,11 @@ class _Fork:
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.returncode: int | None = None
+        if threading.active_count() > 1:
+            names = ", ".join(t.name for t in threading.enumerate()[1:])
+            raise LaunchError(
+                f"ranks cannot be forked beside threads ({names}); start them as processes: --no-fork"
+            )
         # What is still buffered would be written by both.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
+from click.termui import progressbar
 
 from ..models.errors import LaunchError
 from ..trainer.attempts import goodput, read_attempts
@@ -57,7 +58,8 @@ class _Soak:
     pace: Pace
     hits: list[_Hit] = field(default_factory=list)
     drawn: set[str] = field(default_factory=set)
-    spoiled: set[str] = field(default_factory=set)
+    spoiled: set[tuple[int, int]] = field(default_factory=set)
+    """Folders as `_identity` has them: one that is saved anew under the same name is another."""
     problems: list[str] = field(default_factory=list)
     expected_start: int | None = None
     seen: int = 0
@@ -72,6 +74,11 @@ class _Soak:
         command = ["train", "--resume", str(self.run)] if has_begun else self.arguments
         self.group = self.start(command, ranks, self.logs / f"attempt_{len(self.hits):03d}")
         return self.group
+
+    def kill(self) -> None:
+        """Leave no rank behind."""
+        if self.group is not None:
+            self.group.kill()
 
     def hit(self) -> None:
         """One attempt, one fault."""
@@ -108,20 +115,18 @@ class _Soak:
         return not fault.damages or len(self._sound()) >= LEAST_CHECKPOINTS
 
     def _sound(self) -> list[Path]:
-        return [p for p in newest_checkpoints(self.run) if p.name not in self.spoiled]
+        return [p for p in newest_checkpoints(self.run) if _identity(p) not in self.spoiled]
 
     def _meddle(self, fault: Fault) -> None:
         assert fault.after is not None
         if not fault.damages:
             fault.after(self.run, self.chance)
             return
-        # The attempt may have written over checkpoints that were spoiled before it.
-        self.spoiled &= {p.name for p in newest_checkpoints(self.run)}
         newest, sound = newest_checkpoints(self.run)[-1], self._sound()
         if newest not in sound or len(sound) < 2:
             return
         fault.after(self.run, self.chance)
-        self.spoiled.add(newest.name)
+        self.spoiled.add(_identity(newest))
         self.expected_start = int(sound[-2].name.removeprefix("step_"))
 
     def take_up(self) -> int | None:
@@ -145,6 +150,11 @@ class _Soak:
             found.append(max(0, hit.reached - next_start) if hit.took_up is not None else 0)
             next_start = hit.took_up if hit.took_up is not None else next_start
         return found[::-1]
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_ino, status.st_ctime_ns
 
 
 def run_soak(
@@ -215,7 +225,7 @@ def run_soak(
             start=start,
             pace=_pace_of(whole),
         )
-        stack.callback(lambda: soak.group and soak.group.kill())
+        stack.callback(soak.kill)
         begin = time.monotonic()
         _disturb(soak)
         _finish(soak, ranks)
@@ -243,7 +253,7 @@ def _pace_of(run: Path) -> Pace:
 
 
 def _disturb(soak: _Soak) -> None:
-    with click.progressbar(
+    with progressbar(
         length=soak.faults, label="faults", file=click.get_text_stream("stderr")
     ) as bar:
         while len(soak.hits) < soak.faults and last_step(soak.run) < soak.steps:
