@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -253,9 +254,7 @@ def _pace_of(run: Path) -> Pace:
 
 
 def _disturb(soak: _Soak) -> None:
-    with progressbar(
-        length=soak.faults, label="faults", file=click.get_text_stream("stderr")
-    ) as bar:
+    with progressbar(length=soak.faults, label="faults", file=sys.stderr) as bar:
         while len(soak.hits) < soak.faults and last_step(soak.run) < soak.steps:
             soak.hit()
             bar.update(1)
