@@ -16,6 +16,7 @@ Examples:
   weft debug runs/first --step 1234 --module blocks.3 --pdb
   weft debug olmo2/1b --builtin-data --ranks 2
   weft debug seam olmo2/debug
+  weft debug soak olmo2/debug --faults 20
 """
 PLAIN = "replay"
 """The hidden command that `weft debug RECIPE|RUN` means."""
