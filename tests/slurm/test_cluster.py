@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import PROGRAMS, Cluster, _family, missing_programs
+from cluster import PROGRAMS, Cluster, ClusterError, _family, missing_programs
 
 SCRIPT = Path(__file__).with_name("cluster.py")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "slurm-on-one-host.md"
@@ -72,7 +72,7 @@ def test_started_used_and_stopped(folder: Path) -> None:
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster._which", lambda name: None)
     assert missing_programs() == list(PROGRAMS)
-    with pytest.raises(Exception, match="munged, slurmctld, .* not found; .*apt-get install"):
+    with pytest.raises(ClusterError, match=r"munged, slurmctld, .* not found; .*apt-get install"):
         Cluster(tmp_path / "none").start()
     assert not (tmp_path / "none").exists()
 
