@@ -3,8 +3,7 @@
 Nothing heavy is imported here, so `weft --help` answers at once. Each verb is a module of this
 folder with a click command called `command`.
 
-Exit codes: 0 done, 1 a bug (with its traceback), 2 something the user can mend, 3 a run that stopped
-by policy, 75 a run that was asked to stop and saved, 130 interrupted, 141 the reader of a pipe went away.
+Exit codes are those of `trainer/exit_codes.py`; 141 where the reader of a pipe went away.
 """
 
 from __future__ import annotations
@@ -20,10 +19,12 @@ import click
 
 from .. import __version__
 from ..models.errors import WeftError
+from ..trainer.exit_codes import ExitCode
 
 __all__ = ["main"]
 
 _STDOUT = 1
+STOPS = (ExitCode.STOPPED, ExitCode.TIME_LIMIT, ExitCode.PREEMPTED)
 
 # Chapter -> verb -> (module of this folder, one line of help).
 CHAPTERS = {
@@ -101,7 +102,16 @@ def main() -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
         code = 141
+    if code in STOPS:
+        _leave_at_once(code)
     sys.exit(code)
+
+
+def _leave_at_once(code: int) -> None:
+    """A run that stopped has saved and closed everything; taking torch's modules apart would cost a second that the scheduler may not give."""
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run() -> int:

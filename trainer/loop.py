@@ -12,7 +12,7 @@ import gc
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ from .watchdog import Phase
 __all__ = ["Run", "Supervision", "TrainState", "fit", "save"]
 
 GC_EVERY = 1000
+STOPS = (Stop.TIME_LIMIT, Stop.PREEMPTED, Stop.ASKED)
+COUNT_BITS = 20
+"""Of a number of ranks; three of them and two flags fit into one int64."""
 
 
 @dataclass
@@ -224,31 +227,35 @@ def _agree(run: Run, step_batch: StepBatch | None, stop: StopRequest) -> Agreeme
         # A sum over rows: the same for any split of the step over ranks.
         digest += sum(zlib.crc32(row) for row in batch.tokens.view(batch.rows, -1).numpy())
     run.count_names = tuple(sorted(counts))
-    asked = [0, 0, 0]
-    if stop.is_asked():
-        asked[stop.kind - 1] = 1
-    verdict = run.verdict
-    back = [verdict.step, verdict.first_sample, verdict.stop_sample] if verdict else [0, 0, 0]
-    summed = run.topology.sum_integers(
-        [
-            *(counts[n] for n in run.count_names),
-            *(target_bytes, digest),
-            *(*asked, int(stop.take_save()), *back),
-        ]
+    stops = [int(stop.is_asked() and stop.kind == kind) for kind in STOPS]
+    flags = _pack(stop.take_save(), run.verdict is not None, stops)
+    *totals, target_bytes, digest, packed = run.topology.sum_integers(
+        [*(counts[n] for n in run.count_names), target_bytes, digest, flags]
     )
-    *totals, target_bytes, digest, time_limit, preempted, person, save_now, step, first, last = (
-        summed
-    )
-    kinds = {Stop.TIME_LIMIT: time_limit, Stop.PREEMPTED: preempted, Stop.ASKED: person}
-    reason = verdict.reason if verdict else "rank 0 found a spike"
+    wants_save, goes_back, stops = _unpack(packed)
+    rollback = None
+    if goes_back:
+        # Once in a run, so the rest of it does not travel with every step.
+        rollback = Rollback(**run.topology.broadcast_json(run.verdict and asdict(run.verdict)))
     return Agreement(
         dict(zip(run.count_names, totals, strict=True)),
         target_bytes,
         digest,
-        max((kind for kind, ranks in kinds.items() if ranks), default=Stop.NOT),
-        save_now > 0,
-        Rollback(step, first, last, reason) if step else None,
+        max((kind for kind, ranks in zip(STOPS, stops, strict=True) if ranks), default=Stop.NOT),
+        wants_save,
+        rollback,
     )
+
+
+def _pack(wants_save: bool, goes_back: bool, stops: Sequence[int]) -> int:
+    """One integer that can be summed: two bits that only rank 0 sets, then how many ranks ask for each kind of stop."""
+    counts = sum(count << (2 + COUNT_BITS * place) for place, count in enumerate(stops))
+    return int(wants_save) | int(goes_back) << 1 | counts
+
+
+def _unpack(packed: int) -> tuple[bool, bool, list[int]]:
+    counts = [packed >> (2 + COUNT_BITS * place) & ((1 << COUNT_BITS) - 1) for place in range(3)]
+    return bool(packed & 1), bool(packed & 2), counts
 
 
 def _tell_of_first_step(run: Run) -> None:

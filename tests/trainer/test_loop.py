@@ -27,6 +27,7 @@ from weft.trainer.data.loader import PackedLoader, held_out_batches
 from weft.trainer.distributed import Topology
 from weft.trainer.engines.torch_engine import TorchEngine
 from weft.trainer.exit_codes import ExitCode
+from weft.trainer.loop import _pack, _unpack
 from weft.trainer.train import train
 
 STEPS, EVERY = 8, 4
@@ -357,3 +358,12 @@ def test_a_save_file_saves_and_the_run_goes_on(tmp_path: Path) -> None:
     assert train(config) == 0
     assert [info.step for info in list_checkpoints(config.run_dir)] == [1, STEPS]
     assert not (config.run_dir / "SAVE").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 7, 4096, 2**20 - 1])
+def test_flags_of_any_number_of_ranks_are_summed_in_one_integer(ranks: int) -> None:
+    for stops in ([1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0]):
+        for wants_save, goes_back in ((False, False), (True, False), (False, True), (True, True)):
+            packed = _pack(wants_save, goes_back, stops) + (ranks - 1) * _pack(False, False, stops)
+            assert packed < 2**63
+            assert _unpack(packed) == (wants_save, goes_back, [ranks * s for s in stops])

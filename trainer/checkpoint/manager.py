@@ -110,13 +110,14 @@ class CheckpointManager:
             CheckpointError: this save, or the one before in the background, failed; on all ranks alike.
         """
         earlier = self._settle()
+        begin = time.monotonic()
         folder = self._open_folder(step, shards)
         pieces = [self._snapshot(shard) for shard in shards if shard.is_writer]
         if self.topology.device.type == "cuda":
             torch.cuda.synchronize()
         self._thread = threading.Thread(
             target=self._write,
-            args=(folder, step, pieces, state, rank_state, kind),
+            args=(folder, step, pieces, state, rank_state, kind, begin),
             name="weft-checkpoint",
         )
         self._thread.start()
@@ -206,8 +207,9 @@ class CheckpointManager:
         state: dict[str, Any],
         rank_state: dict[str, Any],
         kind: str,
+        begin: float,
     ) -> None:
-        rank, begin = self.topology.rank, time.monotonic()
+        rank = self.topology.rank
         try:
             entries = write_pieces(folder, f"rank_{rank:05d}", pieces)
             write_json(
