@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["check_cu_seqlens", "check_dtype", "check_same_device", "check_shape"]
+__all__ = ["check_cu_seqlens", "check_documents", "check_dtype", "check_same_device", "check_shape"]
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,3 +65,37 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
     for before, after in itertools.pairwise(borders):
         if after <= before:
             raise ValueError(f"cu_seqlens goes from {before} to {after}; it must increase strictly")
+
+
+def check_documents(
+    rows: int, length: int, cu_seqlens: Tensor | None, position_ids: Tensor | None
+) -> None:
+    """Where documents start in rows of tokens: by their borders, by positions inside them, or nowhere.
+
+    Args:
+        cu_seqlens: (documents + 1,) int32, borders in the rows * length tokens laid end to end, every row's included.
+        position_ids: (rows, length) or (rows * length,), int64 or int32.
+
+    Raises:
+        ValueError: both are given, or one that does not fit. Borders themselves are looked at on the CPU only.
+    """
+    total = rows * length
+    if position_ids is not None:
+        if cu_seqlens is not None:
+            raise ValueError(
+                "cu_seqlens and position_ids are both given; they say the same, give one"
+            )
+        check_dtype("position_ids", position_ids, (torch.int64, torch.int32))
+        check_shape(
+            "position_ids", position_ids, (total,) if position_ids.dim() == 1 else (rows, length)
+        )
+    if cu_seqlens is None:
+        return
+    check_cu_seqlens(cu_seqlens, total)
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    missing = set(range(0, total, max(length, 1))) - set(cu_seqlens.tolist())
+    if missing:
+        raise ValueError(
+            f"cu_seqlens has no border at {min(missing)}, where a row of {length} tokens starts"
+        )

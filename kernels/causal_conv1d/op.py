@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from ..checks import check_cu_seqlens, check_dtype, check_same_device, check_shape
+from ..checks import check_documents, check_dtype, check_same_device, check_shape
 from ..faces import pick_face, wide_dtype
 from . import cpu, reference
 
@@ -223,7 +223,7 @@ def causal_conv1d(
         bias: (D,).
         activation: None or `silu`.
         cu_seqlens: (documents + 1,) int32, borders in the B * L tokens laid end to end, every row border included.
-        position_ids: (B, L) or (B * L,) integers; 0 starts a document, other values say nothing.
+        position_ids: (B, L) or (B * L,), int64 or int32; 0 starts a document, other values say nothing.
         initial_state: (B, W - 1, D), the inputs before the row, oldest first; zeros without it. It counts only where
             the row's first token does not start a document.
         return_final_state: return also the inputs that the next token would see.
@@ -310,29 +310,10 @@ def _positions(
     rows: int, length: int, cu_seqlens: Tensor | None, position_ids: Tensor | None
 ) -> Tensor | None:
     """(B, L) integers, 0 where a document starts; None where none does."""
-    if cu_seqlens is not None and position_ids is not None:
-        raise ValueError("cu_seqlens and position_ids are both given; one of them says all")
+    check_documents(rows, length, cu_seqlens, position_ids)
     if position_ids is not None:
-        check_dtype("position_ids", position_ids, (torch.int64, torch.int32))
-        if position_ids.dim() == 1:
-            check_shape("position_ids", position_ids, (rows * length,))
-            return position_ids.view(rows, length)
-        check_shape("position_ids", position_ids, (rows, length))
-        return position_ids
+        return position_ids.view(rows, length) if position_ids.dim() == 1 else position_ids
     if cu_seqlens is None:
         return None
-    check_cu_seqlens(cu_seqlens, rows * length)
-    _check_row_borders(cu_seqlens, rows, length)
     flags = torch.ones(rows * length + 1, dtype=torch.int32, device=cu_seqlens.device)
     return flags.index_fill(0, cu_seqlens.long(), 0)[:-1].view(rows, length)
-
-
-def _check_row_borders(cu_seqlens: Tensor, rows: int, length: int) -> None:
-    """On the CPU only, as all checks of values."""
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    missing = set(range(0, rows * length, max(length, 1))) - set(cu_seqlens.tolist())
-    if missing:
-        raise ValueError(
-            f"cu_seqlens has no border at {min(missing)}, where a row of {length} tokens starts"
-        )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_cu_seqlens, check_dtype, check_same_device, check_shape
+from ..checks import check_documents, check_dtype, check_same_device, check_shape
 from ..faces import pick_face
 from .cpu import backward_cpu, forward_cpu
 from .reference import (
@@ -60,7 +60,7 @@ def selective_scan(
         D, delta_bias: (D,).
         delta_softplus: step sizes are softplus(delta + delta_bias).
         cu_seqlens: (documents + 1,) int32 borders in the B*L positions laid end to end, each row's included.
-        position_ids: (B, L) or (B*L,) integers, position inside the document; a document starts at each 0.
+        position_ids: (B, L) or (B*L,), int64 or int32, position inside the document; a document starts at each 0.
         initial_state: (B, D, N), what a row continues from. It counts where the row's first token does not start
             a document: always without borders, where position_ids begin above 0, and never with cu_seqlens,
             which has a border at every row. Where it does not count its gradient is zero. None is zeros.
@@ -105,39 +105,20 @@ def document_starts(
     Raises:
         ValueError: both are given, or they do not fit.
     """
-    if cu_seqlens is not None and position_ids is not None:
-        raise ValueError("cu_seqlens and position_ids are both given; they say the same, give one")
+    check_documents(batch, length, cu_seqlens, position_ids)
     check_same_device(
         u=torch.empty(0, device=device), cu_seqlens=cu_seqlens, position_ids=position_ids
     )
-    total = batch * length
     if position_ids is not None:
-        if position_ids.dtype.is_floating_point or position_ids.shape not in (
-            (batch, length),
-            (total,),
-        ):
-            raise ValueError(
-                f"position_ids is {str(position_ids.dtype).removeprefix('torch.')} of shape "
-                f"{tuple(position_ids.shape)}, expected integers of shape ({batch}, {length}) or ({total},)"
-            )
         return position_ids.reshape(batch, length) == 0
     if cu_seqlens is None:
         return None
-    _check_borders(cu_seqlens, batch, length)
     # One position more, for borders that are padded with the total length.
+    total = batch * length
     starts = torch.zeros(total + 1, dtype=torch.bool, device=device)
     starts = starts.index_fill(0, cu_seqlens.long(), True)[:total].view(batch, length).clone()
     starts[:, :1] = True
     return starts
-
-
-def _check_borders(cu_seqlens: Tensor, batch: int, length: int) -> None:
-    check_cu_seqlens(cu_seqlens, batch * length)
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    missing = set(range(0, batch * length, max(1, length))) - set(cu_seqlens.tolist())
-    if missing:
-        raise ValueError(f"cu_seqlens has no border at {min(missing)}, where a row of u starts")
 
 
 def _check(
