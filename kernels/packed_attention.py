@@ -18,9 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["ATTENTION_BACKENDS", "PackedLayout", "attention_problem", "packed_attention"]
+from .flex_blocks import flex_attend, interval_block_mask
 
-FLEX_BLOCK = 128
+__all__ = [
+    "ATTENTION_BACKENDS",
+    "PackedLayout",
+    "attend_rows",
+    "attention_problem",
+    "packed_attention",
+    "spread_heads",
+]
+
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 POSITIONS_A_CALL = 16
 """On the CPU, documents shorter than this on average are no cheaper in calls than under a mask."""
@@ -104,43 +112,6 @@ class PackedLayout:
         return interval_block_mask(starts, ends, visible)
 
 
-def interval_block_mask(starts: Tensor, ends: Tensor, visible: Callable[..., Tensor]) -> Any:
-    """flex_attention's BlockMask of queries that each see one run of keys, itself among them.
-
-    The keys that a block of queries sees are then one run as well, so that the least start and
-    the last end of a block say which key blocks it needs, without any T x T mask.
-
-    Args:
-        starts, ends: (T,) integers; query i sees keys starts[i] to ends[i] - 1.
-        visible: the same as a mask_mod, for the blocks that are seen in part.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    total = starts.shape[0]
-    count, padding = -(-total // FLEX_BLOCK), -total % FLEX_BLOCK
-    # What fills the last block changes no bound of it, and keeps it from being seen in whole.
-    starts = torch.nn.functional.pad(starts, (0, padding), value=total).view(count, FLEX_BLOCK)
-    ends = torch.nn.functional.pad(ends, (0, padding), value=0).view(count, FLEX_BLOCK)
-    (least, latest), (earliest, most) = starts.aminmax(dim=1), ends.aminmax(dim=1)
-    first = torch.arange(count, device=starts.device) * FLEX_BLOCK
-    last = first + FLEX_BLOCK
-    needed = (last > least[:, None]) & (first < most[:, None])
-    full = (first >= latest[:, None]) & (last <= earliest[:, None])
-    return BlockMask.from_kv_blocks(
-        *_ordered(needed & ~full),
-        *_ordered(full),
-        BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=visible,
-        seq_lengths=(total, total),
-    )
-
-
-def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many key blocks each query block has, and their indices first, for flex_attention."""
-    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
-
-
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, backend: str = "auto"
 ) -> Tensor:
@@ -191,13 +162,13 @@ def _runs_varlen(q: Tensor) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def _spread_heads(q: Tensor, kv: Tensor) -> Tensor:
+def spread_heads(q: Tensor, kv: Tensor) -> Tensor:
     """Key or value heads repeated for their group of query heads."""
     groups = q.shape[1] // kv.shape[1]
     return kv if groups == 1 else kv.repeat_interleave(groups, dim=1)
 
 
-def _attend_rows(q: Tensor, k: Tensor, v: Tensor, row_length: int, mask: Tensor | None) -> Tensor:
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, row_length: int, mask: Tensor | None) -> Tensor:
     """Attention in each of the rows: under `mask`, or causal where that is None."""
 
     def by_row(x: Tensor) -> Tensor:
@@ -210,15 +181,15 @@ def _attend_rows(q: Tensor, k: Tensor, v: Tensor, row_length: int, mask: Tensor 
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
-    k, v = _spread_heads(q, k), _spread_heads(q, v)
+    k, v = spread_heads(q, k), spread_heads(q, v)
     if layout.is_one_document_a_row:
-        return _attend_rows(q, k, v, layout.row_length, None)
+        return attend_rows(q, k, v, layout.row_length, None)
     # Document lengths are shapes: free to read on the CPU, but a wait on a GPU and a
     # recompilation when compiled.
     has_free_lengths = q.device.type == "cpu" and not torch.compiler.is_compiling()
     if has_free_lengths and len(layout.runs) * POSITIONS_A_CALL <= layout.total:
         return _attend_documents(q, k, v, layout.runs)
-    return _attend_rows(q, k, v, layout.row_length, layout.row_mask)
+    return attend_rows(q, k, v, layout.row_length, layout.row_mask)
 
 
 def _attend_documents(q: Tensor, k: Tensor, v: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
@@ -226,28 +197,11 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, runs: tuple[tuple[int, in
     sizes = [length * count for length, count in runs]
     parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     lengths = (length for length, _ in runs)
-    return torch.cat([_attend_rows(*qkv, n, None) for qkv, n in zip(parts, lengths, strict=True)])
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.cat([attend_rows(*qkv, n, None) for qkv, n in zip(parts, lengths, strict=True)])
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    # Inside a compiled block the outer compilation covers it; on the CPU only the plain form has
-    # a gradient.
-    attend: Callable[..., Any] = flex_attention
-    if q.is_cuda and not torch.compiler.is_compiling():
-        attend = _compiled_flex()
-    queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
-    is_grouped = q.shape[1] != k.shape[1]
-    out = attend(queries, keys, values, block_mask=layout.block_mask, enable_gqa=is_grouped)
-    return out[0].transpose(0, 1)
+    return flex_attend(q, k, v, layout.block_mask)
 
 
 @functools.cache
@@ -269,7 +223,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
         if _varlen_takes_groups():
             groups["enable_gqa"] = True
         else:
-            k, v = _spread_heads(q, k), _spread_heads(q, v)
+            k, v = spread_heads(q, k), spread_heads(q, v)
     out = varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0), **groups)
     assert isinstance(out, Tensor)  # a pair only where return_aux asks for it
     return out

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_dtype, check_same_device, check_shape
-from ..packed_attention import _compiled_flex, _ordered
+from ..flex_blocks import FLEX_BLOCK, flex_attend, ordered_blocks
 from .segment_pool import check_segments
 
 __all__ = ["decoder_block_mask", "encoder_block_mask", "flex_patch_attention", "patch_block_mask"]
-
-FLEX_BLOCK = 128
 
 
 def patch_block_mask(first: Tensor, end: Tensor, keys: int, block: int = FLEX_BLOCK) -> Any:
@@ -71,8 +69,8 @@ def patch_block_mask(first: Tensor, end: Tensor, keys: int, block: int = FLEX_BL
         return (key >= first[query]) & (key < end[query])
 
     return BlockMask.from_kv_blocks(
-        *_ordered(needed & ~is_full),
-        *_ordered(needed & is_full),
+        *ordered_blocks(needed & ~is_full),
+        *ordered_blocks(needed & is_full),
         BLOCK_SIZE=block,
         mask_mod=visible,
         seq_lengths=(queries, keys),
@@ -125,8 +123,6 @@ def flex_patch_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Te
     Raises:
         ValueError: shapes that do not fit the mask, or a gradient asked for on the CPU.
     """
-    from torch.nn.attention.flex_attention import flex_attention
-
     check_shape("q", q, (block_mask.seq_lengths[0], None, None))
     check_shape("k", k, (block_mask.seq_lengths[1], *q.shape[1:]))
     check_shape("v", v, tuple(k.shape))
@@ -135,8 +131,4 @@ def flex_patch_attention(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Te
             f"q is on {q.device}, where FlexAttention has no gradient; use patch_encoder_attention or "
             "patch_decoder_attention"
         )
-    attend: Any = flex_attention
-    if q.is_cuda and not torch.compiler.is_compiling():
-        attend = _compiled_flex()
-    queries, key_heads, value_heads = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return attend(queries, key_heads, value_heads, block_mask=block_mask)[0].transpose(0, 1)
+    return flex_attend(q, k, v, block_mask)

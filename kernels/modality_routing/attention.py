@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..checks import check_shape
+from ..flex_blocks import flex_attend
 from ..packed_attention import (
     PackedLayout,
-    _attend_rows,
-    _flex,
-    _spread_heads,
+    attend_rows,
     attention_problem,
     packed_attention,
+    spread_heads,
 )
 from ..rotary import RotaryTable
 from .layout import MixedLayout
@@ -102,18 +102,18 @@ def mixed_attention(
     problem = attention_problem(backend, q.device, q.dtype, needs_gradient)
     if problem:
         raise ValueError(problem)
-    return _flex(q, k, v, layout) if backend == "flex" else _sdpa(q, k, v, layout)
+    return flex_attend(q, k, v, layout.block_mask) if backend == "flex" else _sdpa(q, k, v, layout)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: MixedLayout) -> Tensor:
-    k, v = _spread_heads(q, k), _spread_heads(q, v)
+    k, v = spread_heads(q, k), spread_heads(q, v)
     # Lengths are shapes: a wait on a GPU, and a recompilation when compiled.
     if q.device.type != "cpu" or torch.compiler.is_compiling():
-        return _attend_rows(q, k, v, layout.row_length, layout.row_mask)
+        return attend_rows(q, k, v, layout.row_length, layout.row_mask)
     parts, start = [], 0
     for length, count, has_images in layout.mixed_runs:
         end = start + length * count
         mask = layout.mask_of(start, end, count) if has_images else None
-        parts.append(_attend_rows(q[start:end], k[start:end], v[start:end], length, mask))
+        parts.append(attend_rows(q[start:end], k[start:end], v[start:end], length, mask))
         start = end
     return torch.cat(parts)

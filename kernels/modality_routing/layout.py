@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_cu_seqlens, check_same_device, check_shape
-from ..packed_attention import PackedLayout, interval_block_mask
+from ..flex_blocks import interval_block_mask
+from ..packed_attention import PackedLayout
 
 __all__ = ["MixedLayout"]
 

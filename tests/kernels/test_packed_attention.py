@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from weft.kernels import PackedLayout, packed_attention
-from weft.kernels.packed_attention import _attend_documents, _attend_rows
+from weft.kernels.packed_attention import _attend_documents, attend_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -72,7 +72,7 @@ def test_row_mask_and_document_calls_agree() -> None:
     lengths, row_length = LAYOUTS["borders inside"]
     q, k, v = random_heads(sum(lengths), 2, 2)
     layout = make_layout(lengths, row_length)
-    masked = _attend_rows(q, k, v, row_length, layout.row_mask)
+    masked = attend_rows(q, k, v, row_length, layout.row_mask)
     called = _attend_documents(q, k, v, layout.runs)
     torch.testing.assert_close(masked, called, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(masked, oracle(q, k, v, lengths), rtol=1e-9, atol=1e-9)
@@ -108,7 +108,7 @@ def test_no_gradient_crosses_a_border_or_comes_from_the_future(is_masked: bool) 
     q, k, v = random_heads(128, 4, 4)
     layout = make_layout(lengths, 64)
     if is_masked:
-        out = _attend_rows(q, k, v, 64, layout.row_mask)
+        out = attend_rows(q, k, v, 64, layout.row_mask)
     else:
         out = packed_attention(q, k, v, layout)
     for gradient in torch.autograd.grad(out[40].square().sum(), (q, k, v)):
