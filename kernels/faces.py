@@ -21,6 +21,7 @@ from torch import Tensor
 __all__ = [
     "FACES",
     "Face",
+    "autocast_dtype",
     "has_triton",
     "is_interpreted",
     "pick_face",
@@ -102,3 +103,15 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     """Type of statistics and accumulators: fp32, or fp64 where an input is."""
     is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if is_double else torch.float32
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The type that autocast gives to products on the device of `tensor`; None where it is off.
+
+    A compiler traces this: `torch.amp.is_autocast_available`, which would know of meta tensors, is not for that.
+    """
+    kind = tensor.device.type
+    # Meta tensors know no autocast.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

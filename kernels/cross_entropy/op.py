@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_dtype, check_same_device, check_shape
-from ..faces import pick_face, wide_dtype
+from ..faces import autocast_dtype, pick_face, wide_dtype
 from . import cpu, reference
 from .reference import IGNORED
 
@@ -338,10 +338,9 @@ def _keeps_softmax(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    is_double = torch.float64 in (hidden.dtype, weight.dtype)
-    if kind != "meta" and torch.is_autocast_enabled(kind) and not is_double:
-        return torch.get_autocast_dtype(kind)
+    narrow = autocast_dtype(hidden)
+    if narrow is not None and torch.float64 not in (hidden.dtype, weight.dtype):
+        return narrow
     if hidden.dtype != weight.dtype:
         raise ValueError(
             f"hidden is {str(hidden.dtype).removeprefix('torch.')} and weight "

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..checks import check_dtype, check_same_device, check_shape
+from ..faces import autocast_dtype
 from .routing import Routing
 
 __all__ = ["routed_linear", "routed_linear_unsorted"]
@@ -123,12 +124,9 @@ def _check_grouped(x: Tensor, weights: Weights, bias: Weights | None) -> None:
 def _autocast(
     x: Tensor, weights: Weights, bias: Weights | None
 ) -> tuple[Tensor, Weights, Weights | None]:
-    kind = x.device.type
-    # Meta tensors know no autocast.
-    is_on = kind != "meta" and torch.is_autocast_enabled(kind)
-    if not is_on or x.dtype == torch.float64:
+    dtype = autocast_dtype(x)
+    if dtype is None or x.dtype == torch.float64:
         return x, weights, bias
-    dtype = torch.get_autocast_dtype(kind)
 
     def cast(parts: Weights) -> Weights:
         if isinstance(parts, Tensor):

@@ -26,6 +26,7 @@ from ...kernels import (
     rotary_frequencies,
     rotary_table,
 )
+from ...kernels.faces import autocast_dtype
 from ..batch import PackedBatch
 from ..errors import ConfigError
 from .cache import KVCache, LayerCache
@@ -200,8 +201,7 @@ class Transformer(nn.Module):
         return linear(self.norm(x), self.head_weight).float()
 
     def _check_attention(self, x: Tensor) -> None:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = autocast_dtype(x) or x.dtype
         problem = attention_problem(self.config.attention, x.device, dtype, x.requires_grad)
         if problem:
             raise ConfigError(f"model.attention={self.config.attention}: {problem}")
