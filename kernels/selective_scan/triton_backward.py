@@ -15,6 +15,8 @@ from .triton_parts import (
     first_tokens,
     gate_rows,
     is_set,
+    of_channels,
+    place,
     row,
     sigmoid,
     softplus_slope,
@@ -215,13 +217,9 @@ def backward_kernel(
     PACK: tl.constexpr = BD // 32
     HAS_STARTS: tl.constexpr = p_starts is not None
     NEEDS_Y: tl.constexpr = p_z is not None
-    i_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    i_b, i_g, o_g, i_d, m_d = place(group_channels, groups, BD)
     i_segment = tl.program_id(1)
-    i_b = (tl.program_id(2) // groups).to(tl.int64)
-    i_g = tl.program_id(2) % groups
-    m_d = i_d < group_channels
     channels = groups * group_channels
-    o_g = i_g * group_channels
     s_slot = channels * N
     p_u += i_b * s_u_b + o_g
     p_delta += i_b * s_delta_b + o_g
@@ -265,11 +263,8 @@ def backward_kernel(
                 pack=4,
             )
         m_lane = (lane % EACH == 0) & (is_first != 0)
-    bias, skip = tl.zeros([BD], ACC), tl.zeros([BD], ACC)
-    if p_bias is not None:
-        bias = tl.load(p_bias + o_g + i_d, mask=m_d, other=0.0).to(ACC)
-    if p_D is not None:
-        skip = tl.load(p_D + o_g + i_d, mask=m_d, other=0.0).to(ACC)
+    bias = of_channels(p_bias, o_g, i_d, m_d, BD, ACC)
+    skip = of_channels(p_D, o_g, i_d, m_d, BD, ACC)
     dD, dbias = tl.zeros([BD], ACC), tl.zeros([BD], ACC)
     first = i_segment * segment_chunks
     last = tl.minimum(first + segment_chunks, chunks)

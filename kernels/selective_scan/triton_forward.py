@@ -14,6 +14,8 @@ from .triton_parts import (
     first_tokens,
     gate_rows,
     is_set,
+    of_channels,
+    place,
     row,
     sigmoid,
     uniform,
@@ -58,13 +60,9 @@ def forward_kernel(
 ):
     """out, and the states: one a chunk of T positions where KEEP, else one a segment, which is updated in place."""
     ACC: tl.constexpr = p_A.dtype.element_ty
-    i_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    i_b, i_g, o_g, i_d, m_d = place(group_channels, groups, BD)
     i_segment = tl.program_id(1)
-    i_b = (tl.program_id(2) // groups).to(tl.int64)
-    i_g = tl.program_id(2) % groups
-    m_d = i_d < group_channels
     channels = groups * group_channels
-    o_g = i_g * group_channels
     p_u += i_b * s_u_b + o_g
     p_delta += i_b * s_delta_b + o_g
     p_out += i_b * length * channels + o_g
@@ -75,12 +73,8 @@ def forward_kernel(
     chunks = tl.cdiv(length, T)
     slots = chunks + 1 if KEEP else segments
     p_states += i_b * slots * s_slot + o_g * N
-    bias = tl.zeros([BD], ACC)
-    if p_bias is not None:
-        bias = tl.load(p_bias + o_g + i_d, mask=m_d, other=0.0).to(ACC)
-    skip = tl.zeros([BD], ACC)
-    if p_D is not None:
-        skip = tl.load(p_D + o_g + i_d, mask=m_d, other=0.0).to(ACC)
+    bias = of_channels(p_bias, o_g, i_d, m_d, BD, ACC)
+    skip = of_channels(p_D, o_g, i_d, m_d, BD, ACC)
     first = i_segment * segment_chunks
     last = tl.minimum(first + segment_chunks, chunks)
     for k in range(first, last):
@@ -184,21 +178,15 @@ def local_kernel(
     state, q -> decay q + local, with p_B holding C.
     """
     ACC: tl.constexpr = p_A.dtype.element_ty
-    i_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    i_b, i_g, o_g, i_d, m_d = place(group_channels, groups, BD)
     i_segment = tl.program_id(1)
-    i_b = (tl.program_id(2) // groups).to(tl.int64)
-    i_g = tl.program_id(2) % groups
-    m_d = i_d < group_channels
     channels = groups * group_channels
-    o_g = i_g * group_channels
     p_A += o_g * N
     p_B += (i_b * groups + i_g) * N * s_m
     o_slot = (i_b * segments + i_segment) * channels * N + o_g * N
     p_local += o_slot
     p_decay += o_slot
-    bias = tl.zeros([BD], ACC)
-    if p_bias is not None:
-        bias = tl.load(p_bias + o_g + i_d, mask=m_d, other=0.0).to(ACC)
+    bias = of_channels(p_bias, o_g, i_d, m_d, BD, ACC)
     first = i_segment * segment_chunks
     last = tl.minimum(first + segment_chunks, tl.cdiv(length, T))
     total = tl.zeros([BD], ACC)

@@ -28,6 +28,8 @@ __all__ = [
     "first_tokens",
     "gate_rows",
     "is_set",
+    "of_channels",
+    "place",
     "row",
     "sigmoid",
     "softplus_slope",
@@ -101,6 +103,28 @@ def row(p_rows, t: tl.constexpr, s_t, i_d, channels, count, ACC: tl.constexpr):
     return tl.load(p_rows + t * s_t + i_d, mask=where_row(t < count, i_d, channels), other=0.0).to(
         ACC
     )
+
+
+@triton.jit
+def place(group_channels, groups, BD: tl.constexpr):
+    """Which part of the scan a program has: (i_b, i_g, o_g, i_d, m_d), channels i_d of group i_g of row i_b.
+
+    o_g is where the group starts in a row of channels, m_d masks those of i_d that it has. i_b is wide: it is multiplied
+    by strides.
+    """
+    i_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    i_b = (tl.program_id(2) // groups).to(tl.int64)
+    i_g = tl.program_id(2) % groups
+    return i_b, i_g, i_g * group_channels, i_d, i_d < group_channels
+
+
+@triton.jit
+def of_channels(p_values, o_g, i_d, m_d, BD: tl.constexpr, ACC: tl.constexpr):
+    """One number a channel in the accumulator's type, zeros where there is no such input."""
+    values = tl.zeros([BD], ACC)
+    if p_values is not None:
+        values = tl.load(p_values + o_g + i_d, mask=m_d, other=0.0).to(ACC)
+    return values
 
 
 @triton.jit

@@ -160,7 +160,10 @@ def test_backward(name: str) -> None:
 def test_segments(is_adjoint: bool) -> None:
     config = (BACKWARD_CONFIGS if is_adjoint else FORWARD_CONFIGS)["few"]
     kernel = compile_local(config, is_adjoint)
-    assert kernel.spill_bytes == 0
+    # To stay at 168 registers, and so at three programs a scheduler, the ptxas of Triton 3.6 puts the pointer that only
+    # the end of the program needs aside: written once before the loop over chunks, read once after it.
+    assert kernel.spill_bytes <= 8
+    assert not any(has_spill(loop) for loop in kernel.loops)
     assert kernel.count("SHFL") == kernel.count("BAR") == 0
 
 
