@@ -141,28 +141,35 @@ def forward_kernel(
 
 @triton.jit
 def _load_grads(
-    p_grad, p_total, p_gate, b_scale, o_r, o_d, m_r, D, stride_total, stride_gate,
-    HAS_GATE: tl.constexpr, WIDE: tl.constexpr,
+    p_grad, p_total, p_gate, p_weight, p_dgate, b_scale, o_r, o_d, m_r, D, stride_total,
+    stride_gate, HAS_GATE: tl.constexpr, STORES_GATE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the norm, the normalised input, and the gradient of the gate but for the weight."""
+    """The gradient of the norm, the normalised input and the weight; stores the gradient of the gate where asked.
+
+    That one needs no mean over the row: stored first, it holds no registers while the row is summed.
+    """
     m = m_r[:, None] & (o_d < D)[None, :]
     b_grad = tl.load(p_grad + o_r[:, None] * D + o_d[None, :], mask=m, other=0).to(WIDE)
     o_total = o_r[:, None] * stride_total + o_d[None, :]
     b_n = tl.load(p_total + o_total, mask=m, other=0).to(WIDE) * b_scale[:, None]
-    b_dz = b_grad
+    # Loaded anew for each row: held over all, it would cost the registers that the widest rows lack.
+    b_w = tl.load(p_weight + o_d, mask=o_d < D, other=0).to(WIDE)
     if HAS_GATE:
         o_gate = o_r[:, None] * stride_gate + o_d[None, :]
         b_z = tl.load(p_gate + o_gate, mask=m, other=0).to(WIDE)
         b_opening = _sigmoid(b_z)
-        b_dz = b_grad * b_n * b_opening * (1 + b_z * (1 - b_opening))
+        if STORES_GATE:
+            b_dz = b_grad * b_n * b_opening * (1 + b_z * (1 - b_opening)) * b_w[None, :]
+            o_dgate = o_r[:, None] * D + o_d[None, :]
+            tl.store(p_dgate + o_dgate, b_dz.to(p_dgate.dtype.element_ty), mask=m)
         b_grad = b_grad * b_z * b_opening
-    return b_grad, b_n, b_dz
+    return b_grad, b_n, b_w
 
 
 @triton.jit
 def _store_grads(
-    p_dtotal, p_dgate, p_total_grad, b_grad, b_n, b_dz, b_w, b_scale, b_mean, o_r, o_d, m_r, D,
-    HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, WIDE: tl.constexpr,
+    p_dtotal, p_total_grad, b_grad, b_n, b_w, b_scale, b_mean, o_r, o_d, m_r, D,
+    HAS_RESIDUAL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     m = m_r[:, None] & (o_d < D)[None, :]
     o = o_r[:, None] * D + o_d[None, :]
@@ -170,8 +177,6 @@ def _store_grads(
     if HAS_RESIDUAL:
         b_dtotal += tl.load(p_total_grad + o, mask=m, other=0).to(WIDE)
     tl.store(p_dtotal + o, b_dtotal.to(p_dtotal.dtype.element_ty), mask=m)
-    if HAS_GATE:
-        tl.store(p_dgate + o, (b_dz * b_w[None, :]).to(p_dgate.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -189,38 +194,33 @@ def backward_kernel(
         o_r = (i_rows * BR + tl.arange(0, BR)).to(tl.int64)
         m_r = o_r < R
         b_scale = tl.load(p_scale + o_r, mask=m_r, other=0)
-        b_grad, b_n, b_dz = _load_grads(
-            p_grad, p_total, p_gate, b_scale, o_r, o_d, m_r, D, stride_total, stride_gate,
-            HAS_GATE, WIDE,
+        b_grad, b_n, b_w = _load_grads(
+            p_grad, p_total, p_gate, p_weight, p_dgate, b_scale, o_r, o_d, m_r, D, stride_total,
+            stride_gate, HAS_GATE, True, WIDE,
         )  # fmt: skip
-        # Loaded anew for each row: held over all, it would cost the registers that the widest rows lack.
-        b_w = tl.load(p_weight + o_d, mask=o_d < D, other=0).to(WIDE)
         b_mean = tl.sum(b_grad * b_n * b_w[None, :], 1)
         for i in range(1, BLOCKS):
-            o_later = i * BD + o_d
-            b_grad2, b_n2, _ = _load_grads(
-                p_grad, p_total, p_gate, b_scale, o_r, o_later, m_r, D, stride_total, stride_gate,
-                HAS_GATE, WIDE,
+            b_grad2, b_n2, b_w2 = _load_grads(
+                p_grad, p_total, p_gate, p_weight, p_dgate, b_scale, o_r, i * BD + o_d, m_r, D,
+                stride_total, stride_gate, HAS_GATE, True, WIDE,
             )  # fmt: skip
-            b_w2 = tl.load(p_weight + o_later, mask=o_later < D, other=0).to(WIDE)
             b_mean += tl.sum(b_grad2 * b_n2 * b_w2[None, :], 1)
         b_mean = b_mean / D
         b_dw += b_grad * b_n
         _store_grads(
-            p_dtotal, p_dgate, p_total_grad, b_grad, b_n, b_dz, b_w, b_scale, b_mean, o_r, o_d, m_r,
-            D, HAS_RESIDUAL, HAS_GATE, WIDE,
+            p_dtotal, p_total_grad, b_grad, b_n, b_w, b_scale, b_mean, o_r, o_d, m_r, D,
+            HAS_RESIDUAL, WIDE,
         )  # fmt: skip
         for i in range(1, BLOCKS):
             # Sums of later blocks stay in this program's row of the partials.
             o_later = i * BD + o_d
-            b_grad2, b_n2, b_dz2 = _load_grads(
-                p_grad, p_total, p_gate, b_scale, o_r, o_later, m_r, D, stride_total, stride_gate,
-                HAS_GATE, WIDE,
+            b_grad2, b_n2, b_w2 = _load_grads(
+                p_grad, p_total, p_gate, p_weight, p_dgate, b_scale, o_r, o_later, m_r, D,
+                stride_total, stride_gate, HAS_GATE, False, WIDE,
             )  # fmt: skip
-            b_w2 = tl.load(p_weight + o_later, mask=o_later < D, other=0).to(WIDE)
             _store_grads(
-                p_dtotal, p_dgate, p_total_grad, b_grad2, b_n2, b_dz2, b_w2, b_scale, b_mean, o_r,
-                o_later, m_r, D, HAS_RESIDUAL, HAS_GATE, WIDE,
+                p_dtotal, p_total_grad, b_grad2, b_n2, b_w2, b_scale, b_mean, o_r, o_later, m_r,
+                D, HAS_RESIDUAL, WIDE,
             )  # fmt: skip
             b_sum = tl.load(p_row + o_later, mask=o_later < D, other=0)
             b_sum += tl.sum(b_grad2 * b_n2, 0)
