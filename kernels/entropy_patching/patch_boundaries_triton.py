@@ -31,6 +31,13 @@ def _later(a, b):
 
 
 @triton.jit
+def _divides(divisor, number):
+    """Of numbers from 0 on: a signed remainder takes more instructions, and registers for its signs."""
+    # A divisor of 1 arrives as a constant, which has no methods.
+    return tl.cast(number, tl.uint32) % tl.cast(divisor, tl.uint32) == 0
+
+
+@triton.jit
 def _is_space_like(byte):
     is_digit = (byte >= 48) & (byte <= 57)
     is_letter = ((byte >= 65) & (byte <= 90)) | ((byte >= 97) & (byte <= 122))
@@ -112,7 +119,7 @@ def summarise_kernel(
     is_start = by_rule
     if HAS_LIMIT:
         rule_start = tl.associative_scan(tl.where(by_rule, o_t, -1), 0, _later)
-        is_cut = (o_t - rule_start) % max_length == 0
+        is_cut = _divides(max_length, o_t - rule_start)
         is_start = by_rule | (m_t & (rule_start >= 0) & is_cut)
     document = tl.max(tl.where(is_first, o_t, -1), 0)
     tl.store(p_summary + i_block, tl.min(tl.where(by_rule, o_t, T), 0))
@@ -189,8 +196,8 @@ def boundaries_kernel(
     if HAS_LIMIT:
         rule_start = tl.associative_scan(tl.where(by_rule, o_t, -1), 0, _later)
         rule_start = tl.maximum(rule_start, rule_before)
-        is_start = by_rule | (m_t & ((o_t - rule_start) % max_length == 0))
-        will_start = will_start | (m_t & ((o_t + 1 - rule_start) % max_length == 0))
+        is_start = by_rule | (m_t & _divides(max_length, o_t - rule_start))
+        will_start = will_start | (m_t & _divides(max_length, o_t + 1 - rule_start))
     ordinal = made_before + tl.cumsum(is_start.to(tl.int32), 0) - 1
     first_patch = tl.associative_scan(tl.where(is_first, ordinal, -1), 0, _later)
     first_patch = tl.maximum(first_patch, first_before)
