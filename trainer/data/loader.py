@@ -24,6 +24,7 @@ from ...models.errors import ConfigError
 from .dataset import Dataset, Source
 from .order import Located
 from .packing import RowAssembler, Rows
+from .patches import BitStream
 from .stream import TokenStream
 
 __all__ = ["HeldOutBatches", "PackedLoader", "StepBatch", "held_out_batches", "next_start"]
@@ -99,6 +100,7 @@ class PackedLoader:
         self.data = data
         self.order = data.order(seed)
         self._streams = [source.train for source in data.sources]
+        self._patches = [source.train_patches for source in data.sources]
         self._assembler = _assembler(data, is_training=True)
         self._batch_rows = batch_rows
         self._offset = data_rank * self._share
@@ -230,7 +232,11 @@ class PackedLoader:
             self._streams, sources, located.sequences[part], self.data.sequence_length
         )
         sample_ids = range(first_sample + first, first_sample + first + self._micro_rows)
-        batch = self._assembler.pack(Rows(ids, borders, tuple(sample_ids), tuple(sources.tolist())))
+        bits = _gather_patches(
+            self._patches, sources, located.sequences[part], self.data.sequence_length
+        )
+        rows = Rows(ids, borders, tuple(sample_ids), tuple(sources.tolist()), bits)
+        batch = self._assembler.pack(rows)
         return batch.pin_memory() if self._pin_memory else batch
 
 
@@ -270,6 +276,23 @@ def _gather(
     return ids, borders
 
 
+def _gather_patches(
+    streams: Sequence[BitStream | None],
+    sources: NDArray[np.int64],
+    sequences: NDArray[np.int64],
+    length: int,
+) -> NDArray[np.bool_] | None:
+    """(R, length) stored patch starts of the same rows; None where a source has none."""
+    found = [
+        stream.read(sequence * length, length)
+        for stream, sequence in zip(
+            (streams[j] for j in sources.tolist()), sequences.tolist(), strict=True
+        )
+        if stream is not None
+    ]
+    return np.stack(found) if len(found) == len(sources) else None
+
+
 class HeldOutBatches:
     """The held-out documents of one source as batches; every rank gives the same number of them.
 
@@ -293,6 +316,7 @@ class HeldOutBatches:
     ) -> None:
         self._source = source
         self._stream = source.held_out
+        self._patches = source.held_out_patches
         self._length = dataset.sequence_length
         self._assembler = _assembler(dataset, is_training=False)
         self._micro_rows, self._rank, self._ranks = micro_batch_rows, data_rank, data_ranks
@@ -320,8 +344,11 @@ class HeldOutBatches:
         ids = np.empty((len(rows), length + 1), self._stream.dtype)
         starts = [row * self._length for row in rows]
         borders = self._stream.read_rows(ids, range(len(rows)), starts)
+        bits = None
+        if self._patches is not None:
+            bits = np.stack([self._patches.read(start, length) for start in starts])
         return self._assembler.pack(
-            Rows(ids, borders, tuple(rows), (self._source.index,) * len(rows)),
+            Rows(ids, borders, tuple(rows), (self._source.index,) * len(rows), bits),
             ignore_all=ignore_all,
         )
 
