@@ -21,6 +21,7 @@ from ...kernels import (
     attention_problem,
     following_windows,
     linear_cross_entropy,
+    linear_entropy,
     packed_attention,
     rms_norm,
     rotary_frequencies,
@@ -143,7 +144,8 @@ class Transformer(nn.Module):
             batch: a packed batch; or (B, t) int64 ids, with the other arguments of
                 `forward_cached`, which comes this way so that hooks on the root run.
             output: `losses` gives `{"cross_entropy", "z_loss"}`, () fp32 sums over the counted
-                targets; `logits` (T, V) fp32.
+                targets; `logits` (T, V) fp32; `entropy` (T,) fp32 nats of each position's prediction,
+                without keeping the logits.
 
         Raises:
             ConfigError: the configured attention does not run on this device and type.
@@ -163,6 +165,8 @@ class Transformer(nn.Module):
         x = self.norm(x)
         if output == "logits":
             return linear(x, self.head_weight).float()
+        if output == "entropy":
+            return linear_entropy(x, self.head_weight.to(x.dtype))
         entropy, z = linear_cross_entropy(
             x, self.head_weight, batch.targets, self.config.loss_chunk_tokens
         )

@@ -60,7 +60,9 @@ def prepare(
         "bytes",
         held_out=HeldOutConfig(documents=3),
         repeats=RepeatFilterConfig(),
-        patches=PatchJob(patcher, length, tokens) if patcher else None,
+        patches=PatchJob(patcher.identity, lambda sample: patcher, length, tokens)
+        if patcher
+        else None,
     )
     return prepare_source(preparation, out, workers=1, quiet=True)
 
@@ -105,7 +107,8 @@ def test_datasets_without_patches_are_what_they_were(texts: Path, tmp_path: Path
     plain = prepare(texts, tmp_path / "plain", None)
     content = json.loads((tmp_path / "plain" / "manifest.json").read_text())
     assert content["version"] == 1
-    assert "patches" not in content and "patches" not in content["shards"][0]
+    assert "patches" not in content
+    assert "patches" not in content["shards"][0]
     patched = prepare(texts, tmp_path / "patched", AfterVowels())
     assert json.loads((tmp_path / "patched" / "manifest.json").read_text())["version"] == 2
     other = prepare(texts, tmp_path / "other", AfterVowels("other"))

@@ -64,16 +64,22 @@ class PatchJob:
     """Patches to store while a source is prepared.
 
     Args:
+        request: JSON-able, what was asked for; decides whether a dataset is the one that is wanted.
+        settle: from a sample of the source's batches to the patcher, whose level may depend on it.
         sequence_length: S, of the runs that will read them.
         batch_tokens: positions that are patched at a time.
+        sample_tokens: positions of the sample, about.
     """
 
-    patcher: Patcher
+    request: Mapping[str, Any]
+    settle: Callable[[Iterator[PackedBatch]], Patcher]
     sequence_length: int
     batch_tokens: int = 1 << 14
+    sample_tokens: int = 1 << 18
 
     def identity(self) -> dict[str, Any]:
-        return {**self.patcher.identity, "sequence_length": self.sequence_length}
+        """For the plan of a preparation."""
+        return {**self.request, "sequence_length": self.sequence_length}
 
 
 class BitStream:
@@ -163,16 +169,18 @@ def write_patches(
         _map_bits(folder / name, shard.tokens)
         for name, shard in zip(names, manifest.shards, strict=True)
     ]
+    trained, held_out = split_spans(folder, manifest)
     key = hashlib.sha256(f"{manifest.plan}{manifest.fingerprint}".encode()).hexdigest()
     done = _read_progress(folder / PROGRESS, key)
     saved = time.monotonic()
-    for number, spans in enumerate(split_spans(folder, manifest)):
+    patcher = job.settle(_sample(job, open_spans(folder, manifest, trained, dtype), pack))
+    for number, spans in enumerate((trained, held_out)):
         stream = open_spans(folder, manifest, spans, dtype)
         bits = BitStream(packed, spans)
         for start, rows, length in _blocks(stream, job):
             if (number, start + rows * length) > done:
                 batch = _batch(stream, start, rows, length, pack)
-                bits.write(start, job.patcher.next_starts(batch).cpu().numpy())
+                bits.write(start, patcher.next_starts(batch).cpu().numpy())
             on_advance(rows * length)
             if time.monotonic() - saved > SAVE_EVERY_S:
                 _write_progress(folder / PROGRESS, key, (number, start + rows * length), packed)
@@ -182,7 +190,7 @@ def write_patches(
         replace(shard, patches=name, patches_sha256=hashlib.sha256(bits.data).hexdigest())
         for shard, name, bits in zip(manifest.shards, names, packed, strict=True)
     )
-    identity = job.identity()
+    identity = {**patcher.identity, "sequence_length": job.sequence_length}
     fingerprint = content_fingerprint(manifest.vocabulary, shards, manifest.held_out, identity)
     (folder / PROGRESS).unlink(missing_ok=True)
     return replace(manifest, shards=shards, patches=identity, fingerprint=fingerprint)
@@ -197,6 +205,15 @@ def _blocks(stream: TokenStream, job: PatchJob) -> Iterator[tuple[int, int, int]
     rest = stream.tokens - 1 - total * length
     if rest > 0:
         yield total * length, 1, rest
+
+
+def _sample(job: PatchJob, stream: TokenStream, pack: Any) -> Iterator[PackedBatch]:
+    """Whole blocks of rows from all over a stream, or its one short row."""
+    blocks = list(_blocks(stream, job))
+    whole = [block for block in blocks if block[2] == job.sequence_length] or blocks
+    wanted = max(1, job.sample_tokens // job.batch_tokens)
+    for start, rows, length in whole[:: max(1, len(whole) // wanted)][:wanted]:
+        yield _batch(stream, start, rows, length, pack)
 
 
 def _batch(stream: TokenStream, start: int, rows: int, length: int, pack: Any) -> PackedBatch:

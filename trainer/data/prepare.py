@@ -129,7 +129,9 @@ def prepare_source(
                 _run_units(preparation, partial, workers, quiet)
                 manifest = _finish(preparation, partial)
                 if preparation.patches is not None:
-                    manifest = _add_patches(preparation, preparation.patches, partial, manifest, quiet)
+                    manifest = _add_patches(
+                        preparation, preparation.patches, partial, manifest, quiet
+                    )
                 manifest.write(partial)
         except DataError:
             if not any(partial.glob("*.record")):

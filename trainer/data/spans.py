@@ -40,7 +40,9 @@ def split_spans(folder: Path, manifest: Manifest) -> tuple[list[Span], list[Span
     return [s for s in train if s.start < s.stop], [s for s in held_out if s.start < s.stop]
 
 
-def open_spans(folder: Path, manifest: Manifest, spans: Sequence[Span], dtype: np.dtype) -> TokenStream:
+def open_spans(
+    folder: Path, manifest: Manifest, spans: Sequence[Span], dtype: np.dtype
+) -> TokenStream:
     """The ids of some stretches, laid end to end."""
     ids = [shard.open_ids(folder) for shard in manifest.shards]
     return TokenStream([ids[span.shard][span.start : span.stop] for span in spans], dtype)
