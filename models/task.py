@@ -126,6 +126,10 @@ class Task(ABC):
         """Parameters that other runs supply."""
         return []
 
+    def part_seconds(self) -> dict[str, float]:
+        """Seconds that named parts of the steps since the last call took on this rank's device; never waits for it."""
+        return {}
+
     def phases(self, step: int) -> Sequence[str]:
         """Phases of this step, in order. Each is a backward and an update of its own groups."""
         return ("train",)

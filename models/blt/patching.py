@@ -8,6 +8,7 @@ micro-batch size; elsewhere where an entropy is within rounding of the threshold
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,17 +19,37 @@ from torch import Tensor, nn
 from ...kernels.entropy_patching import Patches, patch_boundaries
 from ..batch import NEXT_STARTS_PATCH, PackedBatch
 from ..errors import ConfigError
+from ..part_timer import PartTimer
+from ..task import LossTerm
+from ..transformer.config import Config as TransformerConfig
 from .patching_config import PatchingConfig
 
-__all__ = ["PatchMaker", "batch_entropy", "make_patches", "next_starts", "split_lines"]
+__all__ = [
+    "PatchMaker",
+    "batch_entropy",
+    "entropy_architecture",
+    "make_patches",
+    "next_starts",
+    "patch_metrics",
+    "patcher_identity",
+    "split_lines",
+]
 
 NEWLINE = 10 + 4
 
 
 def make_patches(
-    batch: PackedBatch, config: PatchingConfig, entropy_network: nn.Module | None, room: int
+    batch: PackedBatch,
+    config: PatchingConfig,
+    entropy_network: nn.Module | None,
+    room: int,
+    timer: PartTimer | None = None,
 ) -> Patches:
-    """Patches of a batch on its device; `room` is the size of the padded outputs.
+    """Patches of a batch on its device.
+
+    Args:
+        room: size of the padded outputs.
+        timer: told how long the entropy model takes.
 
     Raises:
         ConfigError: the data bring no patches and there is no entropy model to make them.
@@ -50,7 +71,8 @@ def make_patches(
             raise ConfigError(
                 f"model.patching.scheme={config.scheme} needs an entropy model; set model.patching.entropy_model"
             )
-        entropy = batch_entropy(batch, entropy_network, config.newline_reset)
+        with timer.measure(batch.tokens.device) if timer else contextlib.nullcontext():
+            entropy = batch_entropy(batch, entropy_network, config.newline_reset)
     return _by_rule(batch, config, entropy, room)
 
 
@@ -105,6 +127,25 @@ def split_lines(batch: PackedBatch, newline_reset: str) -> PackedBatch:
         position_ids=places - first,
         cu_seqlens=torch.cat([borders, end]).int(),
     )
+
+
+def patch_metrics(patches: Patches) -> dict[str, LossTerm]:
+    """What a task reports of the patches of a micro-batch; the trainer makes mean size, rate and balance of it."""
+    return {
+        "patches": LossTerm(patches.count.float(), "tokens"),
+        "patch_overflow": LossTerm(patches.overflow.float(), "tokens"),
+    }
+
+
+def entropy_architecture(config: PatchingConfig) -> TransformerConfig:
+    """What to build the frozen entropy model from.
+
+    Lines are documents by the thousand whose number only the device knows: flex attention masks them without asking.
+    """
+    assert config.entropy is not None
+    if config.newline_reset == "off" or not torch.cuda.is_available():
+        return config.entropy
+    return config.entropy.model_copy(update={"attention": "flex"})
 
 
 def next_starts(batch: PackedBatch, config: PatchingConfig, network: nn.Module | None) -> Tensor:

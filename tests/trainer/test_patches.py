@@ -18,6 +18,7 @@ from torch import Tensor
 from weft.models.batch import NEXT_STARTS_PATCH, PackedBatch
 from weft.models.errors import DataError
 from weft.trainer.data import prepare as prepare_module
+from weft.trainer.data.balance import deal_rows, rank_balance
 from weft.trainer.data.config import DataConfig, HeldOutConfig, RepeatFilterConfig, SourceConfig
 from weft.trainer.data.dataset import Dataset, open_data
 from weft.trainer.data.loader import PackedLoader, held_out_batches
@@ -185,3 +186,47 @@ def test_bits_go_in_and_come_out_anywhere(data: st.DataObject) -> None:
         expected[start : start + count] = bits
     assert stream.read(0, len(expected)).tolist() == expected.tolist()
     assert sum(int(np.unpackbits(part).sum()) for part in packed) == expected.sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 50), min_size=8, max_size=8),
+    st.sampled_from([(1, 8), (2, 2), (4, 1), (2, 4)]),
+)
+def test_rows_are_dealt_once_and_evenly(loads: list[int], shape: tuple[int, int]) -> None:
+    ranks, micro = shape
+    dealt = deal_rows(np.array(loads), ranks, micro)
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(8))
+    assert {len(rows) for rows in dealt} == {8 // ranks}
+    totals = [sum(loads[row] for row in rows) for rows in dealt]
+    # The last row a rank was dealt went to the least of them.
+    assert max(totals) - min(totals) <= 2 * max(loads)
+    expected = max(totals) * ranks / sum(loads) if any(loads) else 1.0
+    assert rank_balance(np.array(loads), dealt) == pytest.approx(expected)
+
+
+def test_ranks_share_patches_evenly_and_steps_keep_their_rows(texts: Path, tmp_path: Path) -> None:
+    # Half of the documents have no vowels: rows differ much in patches.
+    for path in sorted(texts.iterdir())[::2]:
+        path.write_text("x" * len(path.read_text()))
+    prepare(texts, tmp_path / "data", AfterVowels())
+    data = open_prepared(tmp_path / "data")
+    for first in range(0, 64, 16):
+        steps = {
+            ranks: [
+                PackedLoader(data, seed=2, batch_rows=16, micro_batch_rows=2, data_rank=rank, data_ranks=ranks).assemble(first)
+                for rank in range(ranks)
+            ]
+            for ranks in (1, 2, 4)
+        }  # fmt: skip
+        rows = {
+            ranks: sorted(i for step in found for batch in step.micro_batches for i in batch.sample_ids)
+            for ranks, found in steps.items()
+        }  # fmt: skip
+        assert rows[1] == rows[2] == rows[4] == list(range(first, first + 16))
+        for ranks, found in steps.items():
+            totals = [
+                sum(int(b.side[NEXT_STARTS_PATCH].sum()) for b in s.micro_batches) for s in found
+            ]
+            assert {step.patch_balance for step in found} == {max(totals) / (sum(totals) / ranks)}
+            assert max(totals) <= 1.3 * sum(totals) / ranks

@@ -1,7 +1,7 @@
 """Packed batches of the i-th step, assembled ahead in the background.
 
 A step takes the next `batch_rows` samples of the run's order; this rank gets a contiguous share of
-them, cut into micro-batches. The loader's whole state is how many samples were given out, so a
+them (or, where patches are stored, a share with as many patches as the others'), cut into micro-batches. The loader's whole state is how many samples were given out, so a
 restart seeks.
 """
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ...models.batch import PackedBatch
 from ...models.errors import ConfigError
+from .balance import deal_rows, rank_balance
 from .dataset import Dataset, Source
 from .order import Located
 from .packing import RowAssembler, Rows
@@ -47,6 +48,7 @@ class StepBatch:
         source_counts: samples of the step by source, over all ranks.
         epochs: whole passes made over each source of the step before its last sample here.
         wait_s: how long the caller was kept waiting for it.
+        patch_balance: stored patches of the fullest rank over the mean; None where none are stored.
     """
 
     first_sample: int
@@ -55,6 +57,7 @@ class StepBatch:
     source_counts: dict[str, int]
     epochs: dict[str, int]
     wait_s: float = 0.0
+    patch_balance: float | None = None
 
 
 class PackedLoader:
@@ -103,7 +106,7 @@ class PackedLoader:
         self._patches = [source.train_patches for source in data.sources]
         self._assembler = _assembler(data, is_training=True)
         self._batch_rows = batch_rows
-        self._offset = data_rank * self._share
+        self._data_rank, self._data_ranks = data_rank, data_ranks
         self._pin_memory = pin_memory
         self._samples = self._next_sample = start_sample
         self._end_sample = end_sample
@@ -189,9 +192,10 @@ class PackedLoader:
     def assemble(self, first_sample: int) -> StepBatch:
         """The step that begins at a sample, here and now; a pure function of it."""
         located = self.order.locate(first_sample, first_sample + self._batch_rows)
+        rows, balance = self._deal(located)
         batches = [
-            self._micro_batch(first_sample, located, first)
-            for first in range(self._offset, self._offset + self._share, self._micro_rows)
+            self._micro_batch(first_sample, located, rows[first : first + self._micro_rows])
+            for first in range(0, self._share, self._micro_rows)
         ]
         names = [source.name for source in self.data.sources]
         counts = np.bincount(located.sources, minlength=len(names)).tolist()
@@ -201,8 +205,33 @@ class PackedLoader:
             if count
         }
         return StepBatch(
-            first_sample, self._batch_rows, batches, dict(zip(names, counts, strict=True)), epochs
+            first_sample,
+            self._batch_rows,
+            batches,
+            dict(zip(names, counts, strict=True)),
+            epochs,
+            patch_balance=balance,
         )
+
+    def _deal(self, located: Located) -> tuple[NDArray[np.int64], float | None]:
+        """This rank's rows of a step: a run of them, or, where patches are stored, as evenly many patches as can be."""
+        if any(stream is None for stream in self._patches):
+            first = self._data_rank * self._share
+            return np.arange(first, first + self._share), None
+        length = self.data.sequence_length
+        loads = np.array(
+            [
+                stream.count(sequence * length, length)
+                for stream, sequence in zip(
+                    (self._patches[j] for j in located.sources.tolist()),
+                    located.sequences.tolist(),
+                    strict=True,
+                )
+                if stream is not None
+            ]
+        )
+        dealt = deal_rows(loads, self._data_ranks, self._micro_rows)
+        return dealt[self._data_rank], rank_balance(loads, dealt)
 
     def _submit(self) -> None:
         starts: list[int] = []
@@ -225,13 +254,14 @@ class PackedLoader:
                 return [*found, error]
         return found
 
-    def _micro_batch(self, first_sample: int, located: Located, first: int) -> PackedBatch:
-        part = slice(first, first + self._micro_rows)
+    def _micro_batch(
+        self, first_sample: int, located: Located, part: NDArray[np.int64]
+    ) -> PackedBatch:
         sources = located.sources[part]
         ids, borders = _gather(
             self._streams, sources, located.sequences[part], self.data.sequence_length
         )
-        sample_ids = range(first_sample + first, first_sample + first + self._micro_rows)
+        sample_ids = (first_sample + part).tolist()
         bits = _gather_patches(
             self._patches, sources, located.sequences[part], self.data.sequence_length
         )

@@ -103,6 +103,10 @@ class BitStream:
             parts.append(bits[first % 8 : first % 8 + stop - first].view(np.bool_))
         return parts[-1] if len(parts) == 2 else np.concatenate(parts)
 
+    def count(self, start: int, count: int) -> int:
+        """Bits that are set from a position on."""
+        return int(np.count_nonzero(self.read(start, count)))
+
     def write(self, start: int, bits: NDArray[np.bool_]) -> None:
         """Put bits at a position; the arrays behind have to be writable."""
         done = 0

@@ -1,0 +1,297 @@
+"""A run and its patcher: architecture borrowed, level found once, stored patches checked, overflow never silent."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from pydantic import Field
+from test_data_prepare import write_texts
+from test_resume import run_new
+from tiny_run import write_recipe
+from weft.launch.cli import cli
+from weft.models.batch import NEXT_STARTS_PATCH
+from weft.models.blt.patching import make_patches
+from weft.models.blt.patching_config import PatchingConfig
+from weft.models.errors import CheckpointError, ConfigError, DataError, TrainingError, WeftError
+from weft.models.section import Section
+from weft.models.transformer.config import Config
+from weft.trainer.configuration.borrowed import fill_borrowed
+from weft.trainer.configuration.load import load_run_config
+from weft.trainer.configuration.recipes import Layers
+from weft.trainer.configuration.schema import TrainingConfig
+from weft.trainer.data.config import DataConfig, SourceConfig
+from weft.trainer.data.dataset import open_data
+from weft.trainer.data.loader import PackedLoader
+from weft.trainer.distributed import Topology
+from weft.trainer.metrics.patches import add_patch_values
+from weft.trainer.patching import (
+    check_data_patches,
+    check_overflow,
+    open_patch_maker,
+    sample_batches,
+    settle_patching,
+)
+
+LENGTH = 32
+
+
+class Patched(Section):
+    """A model that has patches, as far as the trainer's floor needs one."""
+
+    patching: PatchingConfig = Field(..., description="where patches start")
+
+
+@pytest.fixture(scope="module")
+def entropy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_new(
+        tmp_path_factory.mktemp("entropy"),
+        "train.steps=6",
+        "schedule.horizon_steps=30",
+        "model.ngram=null",
+    )
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts", files=6, size=1200)
+
+
+def weft(*words: str | Path) -> Result:
+    return CliRunner().invoke(cli, [str(word) for word in words], catch_exceptions=True)
+
+
+def patched(run: Path, data: Path, **patching: Any) -> TrainingConfig:
+    """The tiny run's configuration with a patched model on prepared data."""
+    config = load_run_config(run, ()).config
+    layers = Layers({"model": {"patching": {"entropy_model": str(run), **patching}}})
+    fill_borrowed(layers, Patched)
+    source = SourceConfig(name="texts", path=str(data))
+    return config.model_copy(
+        update={
+            "model": Patched.model_validate(layers.data["model"]),
+            "data": DataConfig(sources=(source,), sequence_length=LENGTH, cache_dir=str(data.parent / "cache")),
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture
+def alone() -> Topology:
+    return Topology.alone() if hasattr(Topology, "alone") else Topology()
+
+
+@pytest.fixture(scope="module")
+def stored(entropy_run: Path, texts: Path) -> Path:
+    out = texts.parent / "stored"
+    done = weft("data", "prepare", texts, "--out", out, "--held-out", "1", "--patches-from", entropy_run,
+                "--patch-size", "4", "--sequence-length", LENGTH)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert re.search(
+        r"patches: scheme entropy, threshold \d\.\d+, .*sequence length 32", done.output
+    )
+    return out
+
+
+def test_the_architecture_comes_from_the_run_that_is_named(entropy_run: Path, texts: Path) -> None:
+    config = patched(entropy_run, texts, threshold=1.0)
+    assert config.model.patching.entropy == load_run_config(entropy_run, ()).config.model
+    layers = Layers({"model": {"patching": {"entropy_model": str(texts)}}})
+    with pytest.raises(
+        ConfigError, match=r"model\.patching\.entropy_model: .*texts is not a run folder"
+    ):
+        fill_borrowed(layers, Patched)
+    # What is given stays: a resumed run does not look elsewhere.
+    own = Config(vocab_size=260).model_dump()
+    layers = Layers({"model": {"patching": {"entropy_model": str(texts), "entropy": own}}})
+    fill_borrowed(layers, Patched)
+    assert layers.data["model"]["patching"]["entropy"] == own
+
+
+def test_the_level_is_found_once(entropy_run: Path, texts: Path, alone: Topology) -> None:
+    config = patched(entropy_run, texts, patch_size=4.0)
+    data = open_data(config.data)
+    settled = settle_patching(config, data, alone)
+    threshold = settled.model.patching.threshold
+    assert threshold is not None
+    assert settle_patching(config, data, alone) == settled
+    # A run that goes on has its level: nothing is looked for, the size is what it was.
+    assert settle_patching(settled, data, alone) is settled
+    batches = list(sample_batches(data, config.run.seed, "cpu"))
+    maker = open_patch_maker(settled.model.patching)
+    starts = sum(int(make_patches(b, maker.config, maker.network, 4096).count) for b in batches)
+    assert sum(len(b.tokens) for b in batches) / starts == pytest.approx(4.0, rel=0.05)
+
+
+def test_a_size_that_the_data_do_not_give_is_refused(
+    entropy_run: Path, texts: Path, stored: Path, alone: Topology
+) -> None:
+    config = patched(entropy_run, texts, patch_size=4.0, threshold=0.0)
+    with pytest.raises(
+        ConfigError,
+        match=r"data give 1\.\d+ bytes a patch, more than 20 % off the 4 wanted; set model\.patching\.threshold=null",
+    ):
+        settle_patching(config, open_data(config.data), alone)
+    config = patched(entropy_run, stored, patch_size=9.0, stored=True)
+    with pytest.raises(
+        ConfigError, match=r"off the 9 wanted; set model\.patching\.patch_size=[34]"
+    ):
+        settle_patching(config, open_data(config.data), alone)
+
+
+def test_stored_patches_are_the_runs_own_or_refused(
+    entropy_run: Path, texts: Path, stored: Path, alone: Topology, tmp_path: Path
+) -> None:
+    config = patched(entropy_run, stored, patch_size=4.0, stored=True)
+    data = open_data(config.data)
+    settled = settle_patching(config, data, alone)
+    assert data.patches is not None
+    assert settled.model.patching.threshold == data.patches["threshold"]
+    check_data_patches(settled, data, alone)
+    other = patched(entropy_run, stored, threshold=1.25, max_length=8)
+    with pytest.raises(
+        DataError, match=r"another patcher's \(threshold \d.*, not 1\.25; max length none, not 8\)"
+    ):
+        check_data_patches(other, data, alone)
+    none = patched(entropy_run, texts, threshold=1.0, stored=True)
+    with pytest.raises(DataError, match="stored is true but the data have no stored patches"):
+        check_data_patches(none, open_data(none.data), alone)
+    retrained = run_new(tmp_path, "train.steps=4", "schedule.horizon_steps=30", "model.ngram=null")
+    moved = settled.model.patching.model_copy(update={"entropy_model": str(retrained)})
+    swapped = settled.model_copy(update={"model": Patched(patching=moved)})
+    with pytest.raises(DataError, match=r"another patcher's \(weights \w{12}, not \w{12}\)"):
+        check_data_patches(swapped, data, alone)
+    moved = moved.model_copy(update={"entropy_model": str(texts)})
+    with pytest.raises(
+        CheckpointError, match="holds no complete checkpoint; train an entropy model first"
+    ):
+        check_data_patches(
+            settled.model_copy(update={"model": Patched(patching=moved)}), data, alone
+        )
+
+
+def test_what_is_stored_is_what_patching_on_the_fly_gives(entropy_run: Path, stored: Path) -> None:
+    config = patched(entropy_run, stored, patch_size=4.0, stored=True)
+    data = open_data(config.data)
+    assert data.patches is not None
+    rule = config.model.patching.model_copy(
+        update={"threshold": data.patches["threshold"], "stored": False}
+    )
+    maker = open_patch_maker(rule)
+    batch = PackedLoader(data, seed=5, batch_rows=8).assemble(0).micro_batches[0]
+    made = make_patches(batch, rule, maker.network, 400)
+    read = make_patches(batch, rule.model_copy(update={"stored": True}), None, 400)
+    assert all(torch.equal(x, y) for x, y in zip(made, read, strict=True))
+    assert batch.side[NEXT_STARTS_PATCH].any()
+
+
+def test_data_patches_shows_lengths_curve_and_borders(
+    entropy_run: Path, texts: Path, tmp_path: Path
+) -> None:
+    words = [
+        "data",
+        "patches",
+        texts,
+        "--entropy-model",
+        entropy_run,
+        "--patch-size",
+        "4",
+        "--sequence-length",
+        "256",
+    ]
+    shown = weft(*words, "--plot", tmp_path / "plots" / "patches.png", "--text", "120")
+    assert shown.exit_code == 0, shown.output
+    assert "Patch lengths" in shown.output
+    assert "Mean patch size by threshold" in shown.output
+    assert shown.output.count("|") > 8
+    assert (tmp_path / "plots" / "patches.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(weft(*words, "--json", "--text", "120").output)
+    assert found["summary"]["mean"] == pytest.approx(4, rel=0.05)
+    assert found["identity"]["threshold"] > 0
+    sizes = [size for _, size in found["curve"]]
+    assert sizes == sorted(sizes)
+    assert all(patch.isascii() for patch in found["text"])
+    spaces = json.loads(weft("data", "patches", texts, "--scheme", "space", "--json").output)
+    assert all(len(word.split()) == 1 for word in spaces["text"][2:])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data", "patches", "TEXTS"], "scheme entropy needs threshold or patch_size"),
+        (["data", "patches", "TEXTS", "--threshold", "1"], "scheme entropy needs entropy_model"),
+        (["data", "patches", "TEXTS", "--threshold", "1", "--entropy-model", "TEXTS"], "is not a run folder"),
+        (["data", "patches", "TEXTS", "--threshold", "nan", "--entropy-model", "RUN"], "threshold is nan"),
+        (["data", "patches", "TEXTS", "--scheme", "space", "--rise", "1"], "scheme space has no use for it"),
+        (["data", "prepare", "TEXTS", "--out", "OUT", "--threshold", "1"], "needs an entropy model; name its run"),
+        (
+            ["data", "prepare", "TEXTS", "--out", "OUT", "--scheme", "space", "--vocabulary", "hf:x"],
+            "patches are of bytes, not of --vocabulary hf:x",
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_line(
+    words: list[str], message: str, entropy_run: Path, texts: Path, tmp_path: Path
+) -> None:
+    places = {"TEXTS": texts, "RUN": entropy_run, "OUT": tmp_path / "out"}
+    result = weft(*(places.get(word, word) for word in words))
+    assert result.exit_code != 0
+    assert isinstance(result.exception, WeftError | SystemExit)
+    assert message in (result.output + str(result.exception)).replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_entropy_model_of_another_vocabulary(tmp_path: Path, texts: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        json.dumps(
+            {
+                "run": {"name": "x"},
+                "model": {"vocab_size": 512, "n_layers": 1, "d_model": 16, "n_heads": 2},
+            }
+        )
+    )
+    result = weft("data", "patches", texts, "--entropy-model", tmp_path, "--threshold", "1")
+    assert (
+        "has a vocabulary of 512 ids, expected the 260 of bytes"
+        in str(result.exception) + result.output
+    )
+
+
+def test_numbers_of_a_step() -> None:
+    record = {
+        "step": 3, "step_s": 0.5, "target_tokens": 100, "tokens_per_s": 256.0,
+        "patches": 0.32, "patch_overflow": 0.02, "patches_squared": (20**2 + 12**2) / 100,
+    }  # fmt: skip
+    add_patch_values([record], 128, 2, {"entropy_model": 0.1})
+    assert record["patches"] == 32
+    assert record["patch_overflow"] == 2
+    assert record["patch_size"] == 4.0
+    assert record["patches_per_s"] == 64.0
+    assert record["patch_spread"] == pytest.approx(0.25)
+    assert record["entropy_model_share"] == pytest.approx(0.2)
+    plain = {"step": 1, "step_s": 1.0}
+    add_patch_values([plain], 128, 1, {})
+    assert plain == {"step": 1, "step_s": 1.0}
+
+
+def test_overflow_is_never_silent(entropy_run: Path, texts: Path) -> None:
+    config = patched(entropy_run, texts, threshold=1.0, max_patches=8)
+    check_overflow({"step": 4, "patch_overflow": 0}, config)
+    check_overflow({"step": 4}, config)
+    with pytest.raises(
+        TrainingError, match=r"step 4: 3 patches had no room \(there is some for 8 in 32 bytes\)"
+    ):
+        check_overflow({"step": 4, "patch_overflow": 3}, config)
+    merges = patched(entropy_run, texts, threshold=1.0, max_patches=8, overflow="merge")
+    check_overflow({"step": 4, "patch_overflow": 3}, merges)
+
+
+def test_a_recipe_that_overrides_nothing_is_as_it_was(tmp_path: Path) -> None:
+    layers = Layers({"model": {"vocab_size": 260}})
+    fill_borrowed(layers, Config)
+    assert layers.data == {"model": {"vocab_size": 260}}
+    assert write_recipe(tmp_path).is_file()
