@@ -48,7 +48,7 @@ def open_run(
     """
     supervision = supervision or Supervision()
     data = open_data(config.data, topology)
-    config = settle_patching(config, data, topology)
+    config = settle_patching(config, data, topology, is_new=not resume)
     check_data_patches(config, data, topology)
     task = build_task(config.model)
     engine = build_engine(task, config, topology)

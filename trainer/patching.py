@@ -106,8 +106,13 @@ def sample_batches(
             yield from loader.next_step().micro_batches
 
 
-def settle_patching(config: TrainingConfig, data: Dataset, topology: Topology) -> TrainingConfig:
+def settle_patching(
+    config: TrainingConfig, data: Dataset, topology: Topology, *, is_new: bool = True
+) -> TrainingConfig:
     """Collective: find the level that is left open, and see that the wanted patch size is what the data give.
+
+    Args:
+        is_new: the run starts; one that goes on was looked at then.
 
     Raises:
         ConfigError: the mean is off by more than 20 %.
@@ -115,6 +120,8 @@ def settle_patching(config: TrainingConfig, data: Dataset, topology: Topology) -
     """
     patching = patching_of(config)
     if patching is None or patching.patch_size is None:
+        return config
+    if not is_new and patching.open_level is None:
         return config
     answer: dict[str, Any] = {}
     if topology.is_main:

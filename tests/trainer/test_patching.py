@@ -82,7 +82,7 @@ def patched(run: Path, data: Path, **patching: Any) -> TrainingConfig:
 
 @pytest.fixture
 def alone() -> Topology:
-    return Topology.alone() if hasattr(Topology, "alone") else Topology()
+    return Topology()
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_the_level_is_found_once(entropy_run: Path, texts: Path, alone: Topology
     assert threshold is not None
     assert settle_patching(config, data, alone) == settled
     # A run that goes on has its level: nothing is looked for, the size is what it was.
-    assert settle_patching(settled, data, alone) is settled
+    assert settle_patching(settled, data, alone, is_new=False) is settled
     batches = list(sample_batches(data, config.run.seed, "cpu"))
     maker = open_patch_maker(settled.model.patching)
     starts = sum(int(make_patches(b, maker.config, maker.network, 4096).count) for b in batches)
