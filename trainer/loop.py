@@ -312,7 +312,7 @@ def _train_step(
     for phase in run.task.phases(step):
         sums = run.engine.forward_backward(phase, step_batch.micro_batches, counts)
         means = {
-            name: total / counts["tokens"]
+            name: total / counts[run.engine.count_of[name]]
             for name, total in run.engine.sum_over_ranks(sums).items()
         }
         loss = next(iter(means.values()))
@@ -360,6 +360,7 @@ def _flush(run: Run, accumulator: MetricsAccumulator, policy: NonFinitePolicy) -
             record["bits_per_byte"] = (
                 record["loss"] * record["target_tokens"] / math.log(2) / record["target_bytes"]
             )
+        record.update(run.task.review(record, tokens))
         run.recorder.log(int(record["step"]), record)
         if policy.bad_values(record):
             _write_bad_step(run, record)
