@@ -29,13 +29,12 @@ from .distributed import Topology
 from .engines.protocol import Engine
 from .files import write_json
 from .metrics.accumulator import MetricsAccumulator
-from .metrics.patches import add_patch_values
+from .metrics.patches import add_part_shares, add_patch_values
 from .metrics.progress import Progress
 from .metrics.recorder import MetricsRecorder
 from .metrics.records import plain_json
 from .metrics.throughput import StepClock, add_rates, peak_flops
 from .optimization.schedule import learning_rate
-from .patching import check_overflow
 from .policies import NonFinitePolicy, Rollback, SpikePolicy, Stop, StopRequest, is_due
 from .profiling import StepProfiler
 from .seeding import rng_state
@@ -314,9 +313,11 @@ def _train_step(
     for phase in run.task.phases(step):
         sums = run.engine.forward_backward(phase, step_batch.micro_batches, counts)
         if "patches" in sums:
+            # Ranks exchange sums alone: how unevenly patches are spread over them is told by their squares.
             sums["patches_squared"] = sums["patches"].square()
+            run.engine.count_of["patches_squared"] = run.engine.count_of["patches"]
         means = {
-            name: total / counts["tokens"]
+            name: total / counts[run.engine.count_of[name]]
             for name, total in run.engine.sum_over_ranks(sums).items()
         }
         loss = next(iter(means.values()))
@@ -361,14 +362,15 @@ def _flush(run: Run, accumulator: MetricsAccumulator, policy: NonFinitePolicy) -
     peak = peak_flops(_device_name(run.topology))
     world_peak = peak * run.topology.world_size if peak else None
     add_rates(records, tokens, tokens * run.task.flops_per_token(length), world_peak)
-    add_patch_values(records, tokens, run.engine.data_ranks, run.task.part_seconds())
+    add_part_shares(records, run.task.part_seconds())
     for record in records:
         if record["target_bytes"]:
             record["bits_per_byte"] = (
                 record["loss"] * record["target_tokens"] / math.log(2) / record["target_bytes"]
             )
+        record.update(run.task.review(record, tokens))
+        add_patch_values(record, tokens, run.engine.data_ranks)
         run.recorder.log(int(record["step"]), record)
-        check_overflow(record, run.config)
         if policy.bad_values(record):
             _write_bad_step(run, record)
         verdict = policy.check(record)

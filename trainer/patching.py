@@ -7,7 +7,7 @@ on, before its first step; the answer goes into the run's config.yaml, so a resu
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..models.batch import NEXT_STARTS_PATCH, PackedBatch
 from ..models.blt.patch_level import find_level, sample_patches
 from ..models.blt.patching import PatchMaker, entropy_architecture, patcher_identity
 from ..models.blt.patching_config import PatchingConfig
-from ..models.errors import CheckpointError, ConfigError, DataError, TrainingError, WeftError
+from ..models.errors import CheckpointError, ConfigError, DataError, WeftError
 from ..models.transformer.model import Transformer
 from .base_weights import weights_digest
 from .checkpoint.reading import find_checkpoint, read_manifest, read_tensor
@@ -29,7 +29,6 @@ from .distributed import Topology
 
 __all__ = [
     "check_data_patches",
-    "check_overflow",
     "entropy_weights",
     "fit_level",
     "open_patch_maker",
@@ -217,23 +216,6 @@ def _stored_size(batches: Iterator[PackedBatch]) -> float:
 def _stored_level(data: Dataset, name: str | None) -> float | None:
     stored = data.patches
     return None if name is None or stored is None else stored.get(name)
-
-
-def check_overflow(record: Mapping[str, Any], config: TrainingConfig) -> None:
-    """See that a step's patches had room, or that what had none may be merged.
-
-    Raises:
-        TrainingError: some had none, and `model.patching.overflow` is `error`.
-    """
-    patching, missing = patching_of(config), record.get("patch_overflow")
-    if not missing or patching is None or patching.overflow == "merge":
-        return
-    fits = patching.room(config.data.sequence_length, config.data.sequence_length)
-    raise TrainingError(
-        f"step {record['step']}: {missing} patches had no room (there is some for {fits} in "
-        f"{config.data.sequence_length} bytes); raise model.patching.max_patches, or set model.patching.overflow=merge, "
-        f"and go on with: weft train --resume {config.run_dir}"
-    )
 
 
 def check_data_patches(config: TrainingConfig, data: Dataset, topology: Topology) -> None:

@@ -20,7 +20,6 @@ from ...kernels.entropy_patching import Patches, patch_boundaries
 from ..batch import NEXT_STARTS_PATCH, PackedBatch
 from ..errors import ConfigError
 from ..part_timer import PartTimer
-from ..task import LossTerm
 from ..transformer.config import Config as TransformerConfig
 from .patching_config import PatchingConfig
 
@@ -30,7 +29,6 @@ __all__ = [
     "entropy_architecture",
     "make_patches",
     "next_starts",
-    "patch_metrics",
     "patcher_identity",
     "split_lines",
 ]
@@ -127,14 +125,6 @@ def split_lines(batch: PackedBatch, newline_reset: str) -> PackedBatch:
         position_ids=places - first,
         cu_seqlens=torch.cat([borders, end]).int(),
     )
-
-
-def patch_metrics(patches: Patches) -> dict[str, LossTerm]:
-    """What a task reports of the patches of a micro-batch; the trainer makes mean size, rate and balance of it."""
-    return {
-        "patches": LossTerm(patches.count.float(), "tokens"),
-        "patch_overflow": LossTerm(patches.overflow.float(), "tokens"),
-    }
 
 
 def entropy_architecture(config: PatchingConfig) -> TransformerConfig:

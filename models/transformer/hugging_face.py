@@ -173,6 +173,10 @@ def check_exportable(config: Config) -> str:
     """
     if config.ngram is not None:
         raise ConfigError(f"model.ngram is set; {_NO_TABLES}")
+    if config.window is not None:
+        raise ConfigError(
+            f"model.window is {config.window}; Hugging Face's Olmo2 and Llama attend to all positions, so it cannot be exported"
+        )
     kind = _CLASSES.get((config.norm, config.qk_norm))
     if kind is None:
         raise ConfigError(

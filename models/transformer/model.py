@@ -153,7 +153,11 @@ class Transformer(nn.Module):
         if isinstance(batch, Tensor):
             return self._forward_cached(batch, **cached)
         layout = PackedLayout(
-            batch.cu_seqlens, batch.position_ids, batch.max_seqlen, batch.row_length
+            batch.cu_seqlens,
+            batch.position_ids,
+            batch.max_seqlen,
+            batch.row_length,
+            self.config.window,
         )
         layout.prepare(self.config.attention)
         rotary = self._rotary(batch.position_ids)
@@ -199,7 +203,7 @@ class Transformer(nn.Module):
         windows = following_windows(cache.recent, tokens) if has_ngrams else None
         x = self.embedding(tokens, windows)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, LayerCache(cache, layer, positions))
+            x = block(x, rotary, LayerCache(cache, layer, positions, self.config.window))
         cache.remember(tokens, new_lengths)
         return linear(self.norm(x), self.head_weight).float()
 

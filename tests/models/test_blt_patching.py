@@ -23,7 +23,6 @@ from weft.models.blt.patching import (
     batch_entropy,
     make_patches,
     next_starts,
-    patch_metrics,
     split_lines,
 )
 from weft.models.blt.patching_config import PatchingConfig
@@ -185,15 +184,6 @@ def test_the_mean_size_that_was_asked_for_is_found() -> None:
             assert [size for _, size in curve] == sorted(size for _, size in curve)
     assert summarise([1, 1, 2, 4]).mean == 2.0
     assert summarise([1, 1, 2, 4]).histogram == ((1, 2), (2, 1), (4, 1))
-
-
-def test_overflow_is_counted(network: nn.Module) -> None:
-    config = config_of("stride")
-    batch = pack(text("sixteen bytes of"))
-    patches = make_patches(batch, config, None, 2)
-    metrics = patch_metrics(patches)
-    whole = int(make_patches(batch, config, None, 17).count)
-    assert (int(metrics["patches"].total), int(metrics["patch_overflow"].total)) == (2, whole - 2)
 
 
 def test_room_for_patches() -> None:

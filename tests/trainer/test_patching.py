@@ -18,7 +18,7 @@ from weft.launch.cli import cli
 from weft.models.batch import NEXT_STARTS_PATCH
 from weft.models.blt.patching import make_patches
 from weft.models.blt.patching_config import PatchingConfig
-from weft.models.errors import CheckpointError, ConfigError, DataError, TrainingError, WeftError
+from weft.models.errors import CheckpointError, ConfigError, DataError, WeftError
 from weft.models.section import Section
 from weft.models.transformer.config import Config
 from weft.trainer.configuration.borrowed import fill_borrowed
@@ -29,10 +29,9 @@ from weft.trainer.data.config import DataConfig, SourceConfig
 from weft.trainer.data.dataset import open_data
 from weft.trainer.data.loader import PackedLoader
 from weft.trainer.distributed import Topology
-from weft.trainer.metrics.patches import add_patch_values
+from weft.trainer.metrics.patches import add_part_shares, add_patch_values
 from weft.trainer.patching import (
     check_data_patches,
-    check_overflow,
     open_patch_maker,
     sample_batches,
     settle_patching,
@@ -262,32 +261,21 @@ def test_an_entropy_model_of_another_vocabulary(tmp_path: Path, texts: Path) -> 
 
 
 def test_numbers_of_a_step() -> None:
-    record = {
-        "step": 3, "step_s": 0.5, "target_tokens": 100, "tokens_per_s": 256.0,
-        "patches": 0.32, "patch_overflow": 0.02, "patches_squared": (20**2 + 12**2) / 100,
-    }  # fmt: skip
-    add_patch_values([record], 128, 2, {"entropy_model": 0.1})
-    assert record["patches"] == 32
-    assert record["patch_overflow"] == 2
-    assert record["patch_size"] == 4.0
-    assert record["patches_per_s"] == 64.0
-    assert record["patch_spread"] == pytest.approx(0.25)
-    assert record["entropy_model_share"] == pytest.approx(0.2)
-    plain = {"step": 1, "step_s": 1.0}
-    add_patch_values([plain], 128, 1, {})
-    assert plain == {"step": 1, "step_s": 1.0}
-
-
-def test_overflow_is_never_silent(entropy_run: Path, texts: Path) -> None:
-    config = patched(entropy_run, texts, threshold=1.0, max_patches=8)
-    check_overflow({"step": 4, "patch_overflow": 0}, config)
-    check_overflow({"step": 4}, config)
-    with pytest.raises(
-        TrainingError, match=r"step 4: 3 patches had no room \(there is some for 8 in 32 bytes\)"
-    ):
-        check_overflow({"step": 4, "patch_overflow": 3}, config)
-    merges = patched(entropy_run, texts, threshold=1.0, max_patches=8, overflow="merge")
-    check_overflow({"step": 4, "patch_overflow": 3}, merges)
+    record: dict[str, Any] = {"step_s": 0.5, "tokens_per_s": 256.0, "patches": 32}
+    record["patches_squared"] = (20**2 + 12**2) / 128
+    add_part_shares([record], {"entropy_model": 0.1})
+    add_patch_values(record, 128, 2)
+    assert record == {
+        "step_s": 0.5,
+        "tokens_per_s": 256.0,
+        "patches": 32,
+        "patches_per_s": 64.0,
+        "patch_spread": pytest.approx(0.25),
+        "entropy_model_share": pytest.approx(0.2),
+    }
+    plain: dict[str, Any] = {"step_s": 1.0}
+    add_patch_values(plain, 128, 1)
+    assert plain == {"step_s": 1.0}
 
 
 def test_a_recipe_that_overrides_nothing_is_as_it_was(tmp_path: Path) -> None:

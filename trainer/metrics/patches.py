@@ -1,4 +1,4 @@
-"""Numbers of patched models: mean patch size, patches a second, overflow, spread over ranks, parts of the step's time."""
+"""Numbers of patched models: patches a second, their spread over ranks, and the share of the time that parts take."""
 
 from __future__ import annotations
 
@@ -6,38 +6,31 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["add_patch_values"]
+__all__ = ["add_part_shares", "add_patch_values"]
 
 
-def add_patch_values(
-    records: Sequence[dict[str, Any]],
-    positions: int,
-    ranks: int,
-    part_seconds: Mapping[str, float],
-) -> None:
-    """Turn the sums that a task and the loop made of patches into what is reported; other records stay as they are.
+def add_part_shares(records: Sequence[dict[str, Any]], seconds: Mapping[str, float]) -> None:
+    """Add NAME_share to the records of one flush: what parts of their steps took on this rank, of the steps' time."""
+    total = sum(record["step_s"] for record in records)
+    if total > 0:
+        for record in records:
+            record.update({f"{name}_share": part / total for name, part in seconds.items()})
+
+
+def add_patch_values(record: dict[str, Any], positions: int, ranks: int) -> None:
+    """Add `patches_per_s` and `patch_spread` where a model has patches.
 
     Args:
-        records: of one flush; `patches`, `patch_overflow` and `patches_squared` are means over the step's targets.
-        positions: of one step over all ranks.
+        record: of one step, with `patches` of all ranks, and `patches_squared` as a mean over positions.
+        positions: of the step over all ranks.
         ranks: that see different data.
-        part_seconds: what parts of these steps took on this rank; each becomes NAME_share of their time.
     """
-    seconds = sum(record["step_s"] for record in records)
-    shares = {f"{name}_share": s / seconds for name, s in part_seconds.items()} if seconds else {}
-    for record in records:
-        record.update(shares)
-        if "patches" not in record:
-            continue
-        targets = max(1, record["target_tokens"])
-        patches = round(record["patches"] * targets)
-        record["patches"] = patches
-        record["patch_overflow"] = round(record.get("patch_overflow", 0) * targets)
-        record["patch_size"] = positions / max(1, patches)
-        if "tokens_per_s" in record:
-            record["patches_per_s"] = record["tokens_per_s"] / positions * patches
-        squares = record.pop("patches_squared", None)
-        if squares is not None and ranks > 1 and patches:
-            # Relative standard deviation over ranks: needs sums alone, which ranks exchange anyway.
-            variance = ranks * squares * targets / patches**2 - 1
-            record["patch_spread"] = math.sqrt(max(0.0, variance))
+    squares = record.pop("patches_squared", None)
+    patches = record.get("patches")
+    if not patches:
+        return
+    if "tokens_per_s" in record:
+        record["patches_per_s"] = record["tokens_per_s"] / positions * patches
+    if squares is not None and ranks > 1:
+        # Relative standard deviation of the ranks' patches.
+        record["patch_spread"] = math.sqrt(max(0.0, ranks * squares * positions / patches**2 - 1))
