@@ -16,7 +16,10 @@ from ..transformer.config import Config as TransformerConfig
 __all__ = ["PatchingConfig"]
 
 BYTE_VOCABULARY_SIZE = 260
-HEADROOM = 1.25
+HEADROOM = 1.15
+"""Of the default room over the expected patches, where a micro-batch is large."""
+FEW_BYTES = 64.0
+"""Adds this over the square root of the bytes: a small micro-batch is further from the mean."""
 
 
 class PatchingConfig(Section):
@@ -63,7 +66,7 @@ class PatchingConfig(Section):
     max_patches: int | None = Field(
         None,
         ge=1,
-        description="room for patches in data.sequence_length bytes, over a micro-batch; null is 1.25 times what patch_size asks for, and enough for any patches without it",
+        description="room for patches in data.sequence_length bytes, over a micro-batch; null is 1.3 times (256 Ki bytes a micro-batch) to 2.2 times (4 Ki bytes) what patch_size asks for, and enough for any patches without it",
     )
     overflow: Literal["error", "merge"] = Field(
         "error",
@@ -91,7 +94,8 @@ class PatchingConfig(Section):
             return rows * self.max_patches
         if self.patch_size is None:
             return positions
-        return min(positions, math.ceil(HEADROOM * positions / self.patch_size) + 2 * rows)
+        headroom = HEADROOM + FEW_BYTES / math.sqrt(positions)
+        return min(positions, math.ceil(headroom * positions / self.patch_size))
 
     def identity(self) -> dict[str, Any]:
         """What decides, with the entropy model's weights, where patches start; JSON-able."""

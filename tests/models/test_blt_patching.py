@@ -189,7 +189,10 @@ def test_the_mean_size_that_was_asked_for_is_found() -> None:
 def test_room_for_patches() -> None:
     assert config_of("stride").room(512, 256) == 512
     assert config_of("stride", max_patches=40).room(512, 256) == 80
-    assert config_of("space", patch_size=4.0).room(512, 256) == 164
+    asked = config_of("space", patch_size=4.0)
+    assert asked.room(1 << 12, 256) == 2202
+    assert asked.room(1 << 18, 4096) == 83559
+    assert asked.room(256, 256) == 256
 
 
 def test_what_is_missing_is_said(network: nn.Module) -> None:

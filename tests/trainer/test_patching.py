@@ -9,33 +9,39 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
 from pydantic import Field
+from ranks import run_ranks
 from test_data_prepare import write_texts
 from test_resume import run_new
-from tiny_run import write_recipe
+from tiny_run import tensors, write_recipe
 from weft.launch.cli import cli
 from weft.models.batch import NEXT_STARTS_PATCH
 from weft.models.blt.patching import make_patches
 from weft.models.blt.patching_config import PatchingConfig
-from weft.models.errors import CheckpointError, ConfigError, DataError, WeftError
+from weft.models.errors import CheckpointError, ConfigError, DataError, TrainingError, WeftError
 from weft.models.section import Section
 from weft.models.transformer.config import Config
+from weft.trainer import train as train_module
 from weft.trainer.configuration.borrowed import fill_borrowed
-from weft.trainer.configuration.load import load_run_config
+from weft.trainer.configuration.load import load_config, load_run_config
 from weft.trainer.configuration.recipes import Layers
 from weft.trainer.configuration.schema import TrainingConfig
 from weft.trainer.data.config import DataConfig, SourceConfig
 from weft.trainer.data.dataset import open_data
 from weft.trainer.data.loader import PackedLoader
+from weft.trainer.data.shards import read_manifest
 from weft.trainer.distributed import Topology
 from weft.trainer.metrics.patches import add_part_shares, add_patch_values
+from weft.trainer.metrics.records import read_metrics
 from weft.trainer.patching import (
     check_data_patches,
     open_patch_maker,
     sample_batches,
     settle_patching,
 )
+from weft.trainer.train import train
 
 LENGTH = 32
 
@@ -186,6 +192,122 @@ def test_what_is_stored_is_what_patching_on_the_fly_gives(entropy_run: Path, sto
     read = make_patches(batch, rule.model_copy(update={"stored": True}), None, 400)
     assert all(torch.equal(x, y) for x, y in zip(made, read, strict=True))
     assert batch.side[NEXT_STARTS_PATCH].any()
+
+
+BLT = {
+    "family": "blt",
+    "window": 16,
+    "ngram": {"sizes": [3], "rows": 101},
+    "encoder": {"d_model": 16, "n_heads": 2, "d_ff": 24},
+    "latent": {"n_layers": 1, "d_model": 32, "n_heads": 2, "d_ff": 24},
+    "decoder": {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 24},
+}
+
+
+@pytest.fixture(scope="module")
+def blt(entropy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BLT recipe on two sources whose patches are stored, beside them."""
+    folder = tmp_path_factory.mktemp("blt")
+    write_recipe(folder)
+    sources, level = [], ["--patch-size", "4"]
+    for name in ("tales", "sums"):
+        out = folder / f"{name}-stored"
+        words = [
+            "--held-out",
+            "1",
+            "--patches-from",
+            entropy_run,
+            *level,
+            "--sequence-length",
+            "32",
+        ]
+        done = weft("data", "prepare", folder / name, "--out", out, *words)
+        assert done.exit_code == 0, done.output
+        threshold = (read_manifest(out).patches or {})["threshold"]
+        level = ["--threshold", str(threshold)]
+        sources.append({"name": name, "path": str(out)})
+    patching = {"entropy_model": str(entropy_run), "threshold": threshold}
+    return write_recipe(
+        folder, model={**BLT, "patching": patching}, data__sources=sources, train__steps=4, train__micro_batch_tokens=256
+    )  # fmt: skip
+
+
+def run_blt(recipe: Path, folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    config = load_config(str(recipe), [f"run.dir={folder}", *overrides], recipe.parent).config
+    assert train(config) == 0
+    return read_metrics(folder)
+
+
+def test_a_blt_run_is_the_same_on_stored_patches(blt: Path, tmp_path: Path) -> None:
+    made = run_blt(blt, tmp_path / "made", "eval.at_end=true")
+    read = run_blt(blt, tmp_path / "read", "model.patching.stored=true", "eval.at_end=true")
+    kept = ("loss", "grad_norm", "patches", "patch_size", "data_digest", "eval/loss")
+    for name in kept:
+        values = [record[name] for record in made if name in record]
+        assert values
+        assert values == [record[name] for record in read if name in record], name
+    assert 1.5 < made[0]["patch_size"] < 16
+    assert made[0]["patch_overflow"] == 0
+    assert made[0]["patches_per_s"] > 0
+    assert 0 < made[0]["entropy_model_share"] < 1
+    assert "entropy_model_share" not in read[0]
+    # The entropy model stays where it is: no checkpoint holds it.
+    assert set(tensors(tmp_path / "made", 4)) == set(tensors(tmp_path / "read", 4))
+    with pytest.raises(
+        DataError, match=r"stored patches are another patcher's \(threshold \d\.\d+, not 1\.0\)"
+    ):
+        run_blt(blt, tmp_path / "other", "model.patching.threshold=1.0")
+
+
+def train_ranks(topology: Topology, recipe: str, folder: str) -> float:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(train_module, "initialise_distributed", lambda *arguments: topology)
+    patch.setattr(train_module, "shutdown_distributed", lambda: None)
+    settings = [f"run.dir={folder}", "model.patching.stored=true", "train.micro_batch_tokens=64"]
+    return float(train(load_config(recipe, settings, Path(recipe).parent).config))
+
+
+def test_ranks_with_as_many_patches_train_on_the_same_steps(blt: Path, tmp_path: Path) -> None:
+    alone = run_blt(blt, tmp_path / "alone", "model.patching.stored=true")
+    assert run_ranks(2, "test_patching:train_ranks", str(blt), str(tmp_path / "two")) == [0, 0]
+    two = read_metrics(tmp_path / "two")
+    for one, both in zip(alone, two, strict=True):
+        assert one["data_digest"] == both["data_digest"]
+        assert one["patches"] == both["patches"]
+        assert one["loss"] == pytest.approx(both["loss"], rel=1e-5)
+        assert 1 <= both["patch_balance"] < 1.25
+        assert both["patch_spread"] < 0.25
+
+
+def test_a_run_finds_its_level_and_writes_it_down(blt: Path, tmp_path: Path) -> None:
+    sources = yaml.safe_load(blt.read_text())["data"]["sources"]
+    for source in sources:
+        source["path"] = source["path"].removesuffix("-stored")
+    run = tmp_path / "run"
+    found = run_blt(
+        blt,
+        run,
+        "model.patching.threshold=null",
+        "model.patching.patch_size=3",
+        f"data.sources={json.dumps(sources)}",
+    )
+    assert found[-1]["patch_size"] == pytest.approx(3, rel=0.25)
+    settled = load_run_config(run, ()).config.model.patching  # type: ignore[attr-defined]
+    assert settled.threshold is not None
+    assert train(load_run_config(run, ["train.steps=6"]).config, resume=True) == 0
+    assert load_run_config(run, ()).config.model.patching == settled  # type: ignore[attr-defined]
+
+
+def test_overflow_ends_a_run_or_is_merged(blt: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        TrainingError, match=r"step 1: there is room for 24 of its \d+ patches; raise"
+    ):
+        run_blt(blt, tmp_path / "error", "model.patching.max_patches=3")
+    merged = run_blt(
+        blt, tmp_path / "merged", "model.patching.max_patches=3", "model.patching.overflow=merge"
+    )
+    assert all(record["patch_overflow"] > 0 for record in merged)
+    assert all(record["patches"] == 24 + record["patch_overflow"] for record in merged)
 
 
 def test_data_patches_shows_lengths_curve_and_borders(
