@@ -225,7 +225,8 @@ class BLT(nn.Module):
 
         Args:
             patches: of this batch.
-            output: `losses` gives `{"cross_entropy"}`, a () fp32 sum over the counted targets; `logits` (T, 260) fp32.
+            output: `losses` gives `{"cross_entropy"}`, a () fp32 sum over the counted targets; `logits` (T, 260) fp32;
+                `states` (T, h_D), what the head multiplies.
 
         Raises:
             ConfigError: the configured attention does not run on this device and type.
@@ -249,6 +250,8 @@ class BLT(nn.Module):
         states, vectors = self.encoder(embedded, batch, layout, patches)
         latents = self.latent(vectors, over_patches)
         states = self.decoder(states, latents, batch, layout, patches.decoder_ids)
+        if output == "states":
+            return states
         if output == "logits":
             return linear(states, self.head.weight).float()
         entropy, _ = linear_cross_entropy(states, self.head.weight, batch.targets)
