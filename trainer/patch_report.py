@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.batch import PackedBatch
 from ..models.blt.patch_level import (
+    PatchSample,
     PatchSummary,
     find_level,
     level_curve,
@@ -69,13 +70,10 @@ def make_report(
     count = int(patches.count)
     name = {"entropy": "threshold", "both": "threshold", "rise": "rise"}.get(config.scheme)
     starts = patches.starts[:count].tolist()
-    # One row's text only: the next is from elsewhere.
-    text_bytes = min(text_bytes, sample.row_length)
-    shown = [start for start in starts if start < text_bytes]
-    ids = sample.tokens[:text_bytes].numpy()
-    text = [
-        _decode(ids[a:b], vocabulary) for a, b in zip(shown, [*shown[1:], len(ids)], strict=True)
-    ]
+    first, stop = _text_span(sample, vocabulary, text_bytes)
+    shown = [start for start in starts if first <= start < stop]
+    ids = sample.tokens.numpy()
+    text = [_decode(ids[a:b], vocabulary) for a, b in zip(shown, [*shown[1:], stop], strict=True)]
     return PatchReport(
         identity=dict(maker.identity),
         level=name,
@@ -84,6 +82,14 @@ def make_report(
         curve=tuple(level_curve(sample, maker.config, name)) if name else (),
         text=tuple(text),
     )
+
+
+def _text_span(sample: PatchSample, vocabulary: Vocabulary, wanted: int) -> tuple[int, int]:
+    """Positions to show: from the beginning of a document where there is one, to the end of its row at most."""
+    begins = (sample.tokens == vocabulary.bos_id).nonzero()
+    first = int(begins[0]) if len(begins) else 0
+    row_end = (first // sample.row_length + 1) * sample.row_length
+    return first, min(first + wanted, row_end, len(sample.tokens))
 
 
 def _decode(ids: Any, vocabulary: Vocabulary) -> str:

@@ -42,6 +42,8 @@ log = logging.getLogger("weft")
 
 SAMPLE_TOKENS = {"cpu": 1 << 18, "cuda": 1 << 22}
 BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}
+SMALLEST = 1.05
+"""Mean bytes a patch, below which it is not worth asking for."""
 TOLERANCE = 0.2
 """Of a wanted patch size; further off is another model than the one that was asked for."""
 
@@ -198,9 +200,10 @@ def _check_size(config: PatchingConfig, found: float) -> None:
 
 def _off(patching: PatchingConfig, found: float, wanted: float) -> str:
     given = next((n for n in ("threshold", "rise") if getattr(patching, n) is not None), None)
-    mend = f"set model.patching.patch_size={found:.2g}"
+    mends = [f"model.patching.patch_size={found:.2f}"] if found >= SMALLEST else []
     if patching.needs_entropy and given and not patching.stored:
-        mend = f"set model.patching.{given}=null to have it found, or model.patching.patch_size={found:.2g}"
+        mends.insert(0, f"model.patching.{given}=null to have it found")
+    mend = f"set {', or '.join(mends)}" if mends else "choose another rule"
     return f"model.patching.patch_size: the data give {found:.2f} bytes a patch, more than 20 % off the {wanted:g} wanted; {mend}"
 
 
