@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..models.batch import PackedBatch
 from ..models.blt.patch_level import (
     PatchSample,
@@ -86,7 +88,7 @@ def make_report(
 
 def _text_span(sample: PatchSample, vocabulary: Vocabulary, wanted: int) -> tuple[int, int]:
     """Positions to show: from the beginning of a document where there is one, to the end of its row at most."""
-    begins = (sample.tokens == vocabulary.bos_id).nonzero()
+    begins = np.flatnonzero(sample.tokens.numpy() == vocabulary.bos_id)
     first = int(begins[0]) if len(begins) else 0
     row_end = (first // sample.row_length + 1) * sample.row_length
     return first, min(first + wanted, row_end, len(sample.tokens))
@@ -112,7 +114,7 @@ def render_report(report: PatchReport, *, is_terminal: bool) -> Iterator[Rendera
         f"longest {summary.longest:,}\n"
     )
     yield _table("Patch lengths", ("bytes", "patches", "share", ""), _length_rows(summary))
-    if report.curve:
+    if report.level and report.curve:
         current = report.identity[report.level]
         most = max(size for _, size in report.curve)
         rows = [
@@ -191,7 +193,7 @@ def plot_report(report: PatchReport, path: Path) -> None:
     panels[0].axvline(report.summary.mean, color=MARK, label=f"mean {report.summary.mean:.2f}")
     panels[0].set(xlabel="bytes a patch", ylabel="patches")
     panels[0].legend(frameon=False)
-    if report.curve:
+    if report.level and report.curve:
         levels, sizes = zip(*report.curve, strict=True)
         panels[1].plot(levels, sizes, color=FILL, linewidth=2)
         current = report.identity[report.level]
