@@ -16,6 +16,7 @@ Examples:
   weft debug runs/first --step 1234 --module blocks.3 --pdb
   weft debug olmo2/1b --builtin-data --ranks 2
   weft debug seam olmo2/debug
+  weft debug soak olmo2/debug --faults 20
 """
 PLAIN = "replay"
 """The hidden command that `weft debug RECIPE|RUN` means."""
@@ -182,3 +183,41 @@ def seam(
     from .seam import run_seam
 
     return run_seam(recipe, list(overrides), steps, ranks, other_ranks, keep)
+
+
+@command.command("soak", epilog="\b\nExample:\n  weft debug soak olmo2/debug --faults 20 --ranks 2")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--faults", type=click.IntRange(min=1), default=20, show_default=True, help="How many."
+)
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Processes of the run.",
+)
+@click.option(
+    "--other-ranks",
+    type=click.IntRange(min=1),
+    help="Each attempt has, by chance, this many processes instead; losses are then compared up to the order of sums.",
+)
+@click.option("--steps", type=click.IntRange(min=8), help="Of the run; 12 a fault if left out.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the faults.")
+@click.option(
+    "--fork/--no-fork",
+    default=True,
+    show_default=True,
+    help="Ranks are forks of this process, which saves them the imports; else processes of their own.",
+)
+@click.option("--keep", type=click.Path(), help="Keep both runs in this folder.")
+def soak(recipe: str, overrides: tuple[str, ...], **options: Any) -> int:
+    """Put one run through random faults and compare it with one that was left alone, to the bit.
+
+    Ranks are killed at random instants of opening, steps and saves; signals and switch files come; checkpoints are cut, flipped and lose files;
+    locks and half saves are left behind. In the end every step must be there once, with the numbers and samples of the undisturbed run.
+    """
+    from .soak import run_soak
+
+    return run_soak(recipe, list(overrides), **options)

@@ -9,8 +9,25 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
-__all__ = ["LocalRanks"]
+__all__ = ["LocalRanks", "environment_of"]
+
+
+class _Process(Protocol):
+    """What is used of a rank's process."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
+    def send_signal(self, number: int) -> None: ...
+
+
+def environment_of(rank: int, ranks: int, shared: dict[str, str]) -> dict[str, str]:
+    """What a launcher tells one rank, over what it tells all."""
+    place = {} if ranks == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    return {**shared, **place}
 
 
 class LocalRanks:
@@ -35,7 +52,7 @@ class LocalRanks:
         named = [log_prefix.with_name(f"{log_prefix.name}_rank{r}.log") for r in range(ranks)]
         self.logs = list(logs or named)
         shared = self._shared(ranks)
-        self.processes = [
+        self.processes: list[_Process] = [
             self._start(arguments, r, ranks, log, shared) for r, log in enumerate(self.logs)
         ]
 
@@ -62,12 +79,11 @@ class LocalRanks:
     @staticmethod
     def _start(
         arguments: Sequence[str], rank: int, ranks: int, log: Path, shared: dict[str, str]
-    ) -> subprocess.Popen[bytes]:
-        place = {} if ranks == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    ) -> _Process:
         with open(log, "wb") as out:
             return subprocess.Popen(
                 [sys.executable, "-m", "weft", *arguments],
-                env={**shared, **place},
+                env=environment_of(rank, ranks, shared),
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )

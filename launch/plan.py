@@ -112,6 +112,11 @@ def command(
 
     loaded = load_recipe_or_run(recipe, overrides)
     _check_offload(zero, offload)
+    parallel = loaded.config.parallel
+    if zero is None and parallel.engine == "deepspeed":
+        from ..trainer.engines.deepspeed_config import zero_layout
+
+        zero, offload = zero_layout(parallel.deepspeed)
     hardware = Hardware(
         memory_bytes=gpu_memory * GB,
         peak_flops=peak_tflops * 1e12,

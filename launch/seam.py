@@ -18,7 +18,7 @@ from ..models.errors import LaunchError
 from .local import LocalRanks
 from .options import load_recipe, print_table
 
-__all__ = ["Verdict", "compare_exactly", "run_seam"]
+__all__ = ["Verdict", "compare_closely", "compare_exactly", "last_step", "run_seam"]
 
 EXACT = (
     "loss",
@@ -99,7 +99,7 @@ def run_seam(
         )
         verdicts = [
             *compare_exactly(whole, killed, 2 * steps),
-            *_compare_closely(whole, moved, 2 * steps, ranks, other_ranks),
+            *compare_closely(whole, moved, 2 * steps, ranks, other_ranks),
         ]
         seconds = time.monotonic() - begin
     rows = [["ok" if v.is_good else "DIFFERS", v.what, v.found] for v in verdicts]
@@ -128,7 +128,7 @@ def _train_and_kill(arguments: list[str], ranks: int, folder: Path, steps: int) 
     committed = run_dir / "checkpoints" / f"step_{steps:08d}" / "manifest.json"
     deadline = time.monotonic() + LIMIT_S
     while group.is_running() and time.monotonic() < deadline:
-        if committed.exists() and _last_step(run_dir) > steps:
+        if committed.exists() and last_step(run_dir) > steps:
             break
         time.sleep(0.005)
     else:
@@ -143,7 +143,8 @@ def _train_and_kill(arguments: list[str], ranks: int, folder: Path, steps: int) 
         shutil.rmtree(last)
 
 
-def _last_step(run_dir: Path) -> int:
+def last_step(run_dir: Path) -> int:
+    """The last step in a run's records; 0 where there is none."""
     records = _records(run_dir)
     return max(records, default=0)
 
@@ -210,7 +211,8 @@ def _compare_checkpoints(whole: Path, resumed: Path, steps: int) -> list[Verdict
     ]
 
 
-def _compare_closely(whole: Path, moved: Path, steps: int, ranks: int, other: int) -> list[Verdict]:
+def compare_closely(whole: Path, moved: Path, steps: int, ranks: int, other: int) -> list[Verdict]:
+    """Two runs of which one was for a time on another number of ranks: the same data, and losses up to the order of sums."""
     ours, theirs = _records(whole), _records(moved)
     label = f"{ranks} -> {other} ranks:"
     verdicts = [_steps_verdict(whole, moved, steps)]

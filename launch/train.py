@@ -6,6 +6,7 @@ The configuration is checked whole before anything heavy is imported, so a typo 
 from __future__ import annotations
 
 import shutil
+import signal
 from typing import TYPE_CHECKING
 
 import click
@@ -62,9 +63,15 @@ def command(
 
         click.echo(dump_config(loaded.config, loaded.origins), nl=False)
         return 0
+    from ..trainer.policies import StopRequest
     from ..trainer.train import train
 
-    return train(loaded.config, loaded.config.run_dir, resume=resume is not None)
+    code = train(loaded.config, loaded.config.run_dir, resume=resume is not None)
+    if code:
+        # Schedulers signal more than once; all is saved, and this process should end with its own code.
+        for number in StopRequest.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    return code
 
 
 def _load(recipes: list[str], resume: str | None, overrides: list[str]) -> Loaded:

@@ -112,10 +112,14 @@ class AttemptLog:
     def write(self, event: str, **values: Any) -> None:
         """One line, in one write, flushed to disk."""
         record = {"event": event, "attempt": self.number, "time": time.time(), **values}
+        line = json.dumps(record).encode() + b"\n"
         # One write to a file opened for appending: lines of several ranks do not mix.
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, json.dumps(record).encode() + b"\n")
+            size = os.fstat(descriptor).st_size
+            # A machine that went down may have left half a line, which must not swallow this one.
+            is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            os.write(descriptor, b"\n" + line if is_torn else line)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

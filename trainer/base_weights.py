@@ -82,4 +82,5 @@ def _load(base: BaseWeights, engine: Engine, checkpoints: CheckpointManager) -> 
         for ours, source in base.parameters.items()
     ]
     checkpoints.load(Path(name), theirs)
+    engine.after_load()
     return weights_digest(read_manifest(Path(name)), base.parameters)

@@ -188,6 +188,7 @@ def restore(
             log.warning("%s has no complete checkpoint; starting from step 0", config.run_dir)
         return None
     loaded = checkpoints.load(path, engine.state_shards(), complete=True)
+    engine.after_load()
     data.check_fingerprint(loaded.state["data"]["fingerprint"])
     if loaded.state["data"]["seed"] != config.run.seed:
         raise ConfigError(
@@ -214,5 +215,6 @@ def start_from(engine: Engine, checkpoints: CheckpointManager, config: TrainingC
         s for s in engine.state_shards() if s.name.startswith("parameters/") or wants_optimizer
     ]
     loaded = checkpoints.load(path, shards)
+    engine.after_load()
     if wants_optimizer:
         engine.load_scalar_state(loaded.state["engine"])

@@ -188,9 +188,9 @@ def test_one_difference_on_other_ranks_is_found(
     kept: Path, tmp_path: Path, change: Change, what: str
 ) -> None:
     whole, moved = kept / "whole", copy_of(kept, "moved", tmp_path)
-    assert bad(seam._compare_closely(whole, moved, 2 * STEPS, 2, 1)) == []
+    assert bad(seam.compare_closely(whole, moved, 2 * STEPS, 2, 1)) == []
     change(moved)
-    assert what in bad(seam._compare_closely(whole, moved, 2 * STEPS, 2, 1))
+    assert what in bad(seam.compare_closely(whole, moved, 2 * STEPS, 2, 1))
 
 
 @pytest.mark.parametrize("fault", [None, add_to("loss", 1e-9)], ids=["sound", "faulty"])

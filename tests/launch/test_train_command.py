@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,10 +15,12 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from tiny_run import write_recipe
 from weft.launch.options import RECIPES
 from weft.launch.train import command
 from weft.models.errors import ConfigError, WeftError
 from weft.trainer.configuration.recipes import list_recipes
+from weft.trainer.exit_codes import ExitCode
 
 Train = Callable[..., Result]
 
@@ -148,3 +153,24 @@ def test_the_errors_on_the_page_are_what_is_said(train: Train) -> None:
     result = train(*arguments.split())
     said = "".join(f"weft: error: {line}\n" for line in str(result.exception).splitlines())
     assert said == shown
+
+
+def test_signals_to_the_last_do_not_change_how_a_stopped_run_ends(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, train__steps=100_000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "weft", "train", str(recipe)], stdout=subprocess.DEVNULL
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    try:
+        while not (metrics.is_file() and metrics.stat().st_size):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        # A scheduler that ends a job may signal it again and again.
+        while process.poll() is None:
+            assert time.monotonic() < deadline
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.005)
+    finally:
+        process.kill()
+    assert process.returncode == ExitCode.STOPPED

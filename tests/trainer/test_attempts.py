@@ -110,6 +110,15 @@ def test_torn_lines_and_other_words_are_passed_over(tmp_path: Path) -> None:
     assert attempts_so_far(tmp_path) == 2
 
 
+def test_half_a_line_does_not_swallow_the_next_start(tmp_path: Path) -> None:
+    write(tmp_path, *attempt(1, saved=4))
+    with open(tmp_path / "attempts.jsonl", "a") as file:
+        file.write('{"event": "end", "outc')
+    AttemptLog(tmp_path, 2).write("start", pid=1)
+    AttemptLog(tmp_path, 2).write("opened", step=4, train_seconds=1.0)
+    assert [(a.number, a.first_step) for a in read_attempts(tmp_path)] == [(1, 0), (2, 4)]
+
+
 def test_goodput_counts_what_later_attempts_did_not_repeat(tmp_path: Path) -> None:
     # 90 of 100 seconds trained and saved, 40 more trained in 60 and lost with the process, then 50 of 100 kept.
     write(tmp_path, *attempt(1, length=100, saved=9, seconds=(0, 90), world_size=2))

@@ -59,6 +59,8 @@ def test_sound_settings_pass(sections: dict[str, Any]) -> None:
         ({"schedule": {"kind": "wsd", "warmup_steps": 95}}, "schedule.decay_fraction: warm-up and a decay over 0.1"),
         ({"model": {"vocab_size": 256}}, "model.vocab_size: 256 is less than the 260 ids"),
         ({"data": {"vocabulary": "hf:x"}, "model": {"ngram": {"rows": 5}}}, "model.ngram: hashed byte n-grams need data.vocabulary=bytes, found hf:x"),
+        ({"parallel": {"engine": "deepspeed", "strategy": "fsdp"}}, "parallel.strategy: fsdp belongs to engine torch; with parallel.engine=deepspeed set parallel.strategy=auto"),
+        ({"parallel": {"engine": "deepspeed", "compile": True}}, "parallel.compile: DeepSpeed's hooks do not go with it"),
         ({"parallel": {"shard_ranks": 2}}, "parallel.shard_ranks: has no effect with parallel.strategy=auto"),
         ({"optimizer": {"skip_step": True, "skip_step_window": 8}}, "optimizer.skip_step_minimum: 64 values are never held"),
         ({"checkpoint": {"keep_best": 2}, "eval": {"every": None, "at_end": False}}, "checkpoint.keep_best: no step is ever evaluated"),

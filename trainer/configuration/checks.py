@@ -118,6 +118,17 @@ def _mesh_only_for_hsdp(config: TrainingConfig) -> Iterator[str]:
             yield f"parallel.{key}: has no effect with parallel.strategy={parallel.strategy}; set parallel.strategy=hsdp"
 
 
+def _strategy_of_engine(config: TrainingConfig) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.engine == "deepspeed" and parallel.strategy != "auto":
+        yield (
+            f"parallel.strategy: {parallel.strategy} belongs to engine torch; with parallel.engine=deepspeed set "
+            "parallel.strategy=auto: what is split is parallel.deepspeed.zero_stage"
+        )
+    if parallel.engine == "deepspeed" and parallel.compile:
+        yield "parallel.compile: DeepSpeed's hooks do not go with it; set parallel.compile=false, or parallel.engine=torch"
+
+
 def _skip_step_can_apply(config: TrainingConfig) -> Iterator[str]:
     optimizer = config.optimizer
     if optimizer.skip_step and optimizer.skip_step_minimum > optimizer.skip_step_window + 1:
@@ -144,6 +155,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("model.ngram", "data.vocabulary"), _ngrams_of_bytes),
     (("model.patching", "data.vocabulary"), _patches_of_bytes),
     (("parallel",), _mesh_only_for_hsdp),
+    (("parallel",), _strategy_of_engine),
     (("optimizer",), _skip_step_can_apply),
     (("checkpoint", "eval"), _best_can_be_told),
 )

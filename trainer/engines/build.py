@@ -31,4 +31,15 @@ def build_engine(
         from .accelerate_engine import AccelerateEngine
 
         return AccelerateEngine(task, topology, **parts)
+    if trains and config.parallel.engine == "deepspeed":
+        from .deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(task, topology, **parts, expected_rows=_rows(config, topology))
     return TorchEngine(task, topology, **parts, trains=trains)
+
+
+def _rows(config: TrainingConfig, topology: Topology) -> tuple[int, int, int]:
+    """Samples of a step, of a micro-batch, and micro-batches of a rank."""
+    share = config.batch_rows // topology.world_size
+    micro = (config.train.micro_batch_tokens or 0) // config.data.sequence_length or share
+    return config.batch_rows, micro, share // micro

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ...models.section import Section
 from .accelerate_config import AccelerateConfig
+from .deepspeed_config import DeepSpeedConfig
 
 __all__ = ["ParallelConfig", "PrecisionConfig"]
 
@@ -15,7 +16,9 @@ __all__ = ["ParallelConfig", "PrecisionConfig"]
 class ParallelConfig(Section):
     """How the run is spread over ranks."""
 
-    engine: Literal["torch", "accelerate"] = Field("torch", description="what runs the step")
+    engine: Literal["torch", "deepspeed", "accelerate"] = Field(
+        "torch", description="what runs the step"
+    )
     strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = Field(
         "auto", description="auto: single for one rank, ddp on CPU, fsdp on several GPUs"
     )
@@ -35,6 +38,7 @@ class ParallelConfig(Section):
     )
     compile: bool = Field(False, description="torch.compile each block")
     timeout_s: float = Field(1800.0, gt=0, description="longest wait of a collective, in seconds")
+    deepspeed: DeepSpeedConfig = Field(DeepSpeedConfig(), description="engine deepspeed")
     accelerate: AccelerateConfig = Field(AccelerateConfig(), description="engine accelerate")
 
 

@@ -121,6 +121,9 @@ class Engine(ABC):
     def base_shards(self) -> list[TensorShard]:
         """Parameters whose weights stay in another run, as ranges held by this rank; nobody writes them."""
 
+    def after_load(self) -> None:  # noqa: B027 - most engines compute with the shards themselves
+        """Collective: the shards were filled from outside; what is computed with has to follow them."""
+
     @abstractmethod
     def scalar_state(self) -> dict[str, Any]:
         """JSON-able state that is the same on all ranks (optimizer step counts)."""

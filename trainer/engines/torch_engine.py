@@ -31,7 +31,7 @@ from .gradient_sync import GradientSync
 from .protocol import Engine, StepResult, TensorShard
 from .sharding import flat_range, local_tensor, make_mesh, pick_strategy, shard_networks
 
-__all__ = ["TorchEngine"]
+__all__ = ["TorchEngine", "wrap_blocks"]
 
 
 class TorchEngine(Engine):
@@ -66,7 +66,7 @@ class TorchEngine(Engine):
         self._mark_frozen_and_sparse()
         self._based = self._find_based()
         blocks = task.blocks(self.networks)
-        _wrap_blocks(blocks, parallel)
+        wrap_blocks(blocks, parallel)
         self.mesh = make_mesh(self.strategy, parallel, topology)
         if self.mesh is not None:
             shard_networks(self.networks, blocks, self.mesh, precision, self._sparse.values())
@@ -370,7 +370,7 @@ _KEPT = (
 )
 
 
-def _wrap_blocks(blocks: Sequence[nn.Module], parallel: ParallelConfig) -> None:
+def wrap_blocks(blocks: Sequence[nn.Module], parallel: ParallelConfig) -> None:
     """Recomputation and compilation of each block, in place, so that parameter names stay what they are."""
     for block in blocks:
         if parallel.activation_checkpointing != "none":
