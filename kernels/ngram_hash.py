@@ -31,7 +31,7 @@ HASH_PRIMES = (
 """One prime for each hash function, in order."""
 
 
-def packed_windows(ids: Tensor, reach: Tensor, longest: int) -> Tensor:
+def packed_windows(ids: Tensor, reach: Tensor, longest: int, missing: int = 0) -> Tensor:
     """The last `longest` ids at every position of a packed sequence.
 
     Args:
@@ -39,14 +39,15 @@ def packed_windows(ids: Tensor, reach: Tensor, longest: int) -> Tensor:
         reach: (T,) int64, how many earlier ids a position may see (its position in the document,
             say).
         longest: length of the longest n-gram.
+        missing: stands for ids beyond the reach; a negative one leaves out the n-grams that have it.
 
     Returns:
-        (longest, T) int64; row `lag` holds the id `lag` positions back, 0 beyond the reach.
+        (longest, T) int64; row `lag` holds the id `lag` positions back, `missing` beyond the reach.
     """
     padded = torch.nn.functional.pad(ids, (longest - 1, 0))
     rows = [padded[longest - 1 - lag : longest - 1 - lag + len(ids)] for lag in range(longest)]
     lags = torch.arange(longest, device=ids.device)[:, None]
-    return torch.where(lags <= reach[None, :], torch.stack(rows), 0)
+    return torch.where(lags <= reach[None, :], torch.stack(rows), missing)
 
 
 def following_windows(history: Tensor, ids: Tensor) -> Tensor:
@@ -64,7 +65,14 @@ def following_windows(history: Tensor, ids: Tensor) -> Tensor:
     return torch.stack([joined[:, reach - lag : reach - lag + count] for lag in range(reach + 1)])
 
 
-def ngram_hash(windows: Tensor, sizes: Sequence[int], rows: int, hash_functions: int = 1) -> Tensor:
+def ngram_hash(
+    windows: Tensor,
+    sizes: Sequence[int],
+    rows: int,
+    hash_functions: int = 1,
+    *,
+    oldest_first: bool = True,
+) -> Tensor:
     """Rows of one fused table, for every position, hash function and n-gram length.
 
     Args:
@@ -72,20 +80,33 @@ def ngram_hash(windows: Tensor, sizes: Sequence[int], rows: int, hash_functions:
         sizes: n-gram lengths.
         rows: rows of one table.
         hash_functions: how many of `HASH_PRIMES` are used.
+        oldest_first: the oldest id of a window has power 0; the paper's text gives it to the newest.
 
     Returns:
         (..., hash_functions * len(sizes)) int64, function-major, each offset by its table's first
-        row.
+        row; -1 where a window holds a negative id.
     """
     found: dict[tuple[int, int], Tensor] = {}
     for function in range(hash_functions):
         prime = HASH_PRIMES[function]
-        value = torch.zeros_like(windows[0])
-        # Horner's rule: lengthening the window by one older id multiplies what is there by the
-        # prime.
+        value, power = torch.zeros_like(windows[0]), 1
         for lag in range(max(sizes)):
-            value = value * prime + windows[lag]
+            if oldest_first:
+                # Horner's rule: lengthening the window by one older id multiplies what is there by
+                # the prime.
+                value = value * prime + windows[lag]
+            else:
+                value = value + windows[lag] * power
+                power = _wrap(power * prime)
             if lag + 1 in sizes:
                 found[function, lag + 1] = value.remainder(rows)
     keys = [(function, size) for function in range(hash_functions) for size in sizes]
-    return torch.stack([found[key] + table * rows for table, key in enumerate(keys)], dim=-1)
+    hashed = torch.stack([found[key] + table * rows for table, key in enumerate(keys)], dim=-1)
+    # Windows are filled from their newest id on: the oldest tells whether all of it is there.
+    is_whole = torch.stack([windows[size - 1] >= 0 for _, size in keys], dim=-1)
+    return torch.where(is_whole, hashed, -1)
+
+
+def _wrap(value: int) -> int:
+    """To int64, as its arithmetic wraps around."""
+    return (value + 2**63) % 2**64 - 2**63

@@ -1,4 +1,4 @@
-"""Causal attention inside each document of a packed sequence.
+"""Causal attention inside each document of a packed sequence, over all of it or over a sliding window.
 
 T positions of R rows of S positions (T = R * S), H query heads, K key/value heads, hd head width.
 Three backends give the same result: `sdpa` (scaled_dot_product_attention by rows or by documents),
@@ -43,23 +43,38 @@ class PackedLayout:
 
     Attributes:
         document_starts: (T,) int64, where the document of each position starts.
+        key_starts: (T,) int64, the first position that each one sees.
 
     Args:
         cu_seqlens: (D + 1,) int32, every row border included.
         position_ids: (T,) int64, positions inside documents.
         max_seqlen: longest document, a host integer.
         row_length: S; where T is not a multiple of it, all of T is taken as one row.
+        window: positions that each one sees, itself among them; None is all of its document before it.
+        longest: bound of the length of every document that never changes; None is S. Documents may be empty.
     """
 
     def __init__(
-        self, cu_seqlens: Tensor, position_ids: Tensor, max_seqlen: int, row_length: int
+        self,
+        cu_seqlens: Tensor,
+        position_ids: Tensor,
+        max_seqlen: int,
+        row_length: int,
+        window: int | None = None,
+        longest: int | None = None,
     ) -> None:
         self.cu_seqlens = cu_seqlens
         self.position_ids = position_ids
         self.max_seqlen = max_seqlen
         self.total = position_ids.shape[0]
+        self.longest = longest or row_length
         self.row_length = row_length if self.total % row_length == 0 else self.total
-        self.document_starts = torch.arange(self.total, device=position_ids.device) - position_ids
+        # A window that no document fills is none.
+        self.window = None if window is None or window >= row_length else window
+        places = torch.arange(self.total, device=position_ids.device)
+        self.document_starts = self.key_starts = places - position_ids
+        if self.window is not None:
+            self.key_starts = torch.maximum(self.document_starts, places - self.window + 1)
         self._row_mask: Tensor | None = None
         self._block_mask: Any = None
 
@@ -75,7 +90,7 @@ class PackedLayout:
     @functools.cached_property
     def runs(self) -> tuple[tuple[int, int], ...]:
         """(length, count) of neighbouring documents of equal length; waits for the device."""
-        lengths = self.cu_seqlens.diff().tolist()
+        lengths = [length for length in self.cu_seqlens.diff().tolist() if length]
         return tuple((length, len(list(same))) for length, same in groupby(lengths))
 
     @property
@@ -83,8 +98,11 @@ class PackedLayout:
         """(R, 1, S, S) bool, True where a query (third) may see a key (fourth)."""
         if self._row_mask is not None:
             return self._row_mask
-        starts = self.document_starts.view(self.rows, self.row_length)
-        mask = (starts[:, :, None] == starts[:, None, :]).tril()[:, None]
+        keys = torch.arange(self.row_length, device=self.key_starts.device)
+        starts = self.key_starts.view(self.rows, self.row_length) - (
+            torch.arange(self.rows, device=keys.device)[:, None] * self.row_length
+        )
+        mask = (keys >= starts[:, :, None]).tril()[:, None]
         # A compiled block builds it in its own graph, where keeping it would be a side effect.
         if not torch.compiler.is_compiling():
             self._row_mask = mask
@@ -103,7 +121,7 @@ class PackedLayout:
             _ = self.block_mask
 
     def _build_block_mask(self) -> Any:
-        starts = self.document_starts
+        starts = self.key_starts
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (query >= key) & (key >= starts[query])
@@ -115,7 +133,7 @@ class PackedLayout:
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, backend: str = "auto"
 ) -> Tensor:
-    """`softmax(q k^T / sqrt(hd)) v`, causal, inside documents only.
+    """`softmax(q k^T / sqrt(hd)) v`, causal, inside documents only and inside the layout's window.
 
     Args:
         q: (T, H, hd).
@@ -182,6 +200,8 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, row_length: int, mask: Tensor |
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     k, v = spread_heads(q, k), spread_heads(q, v)
+    if layout.window is not None:
+        return _attend_window(q, k, v, layout)
     if layout.is_one_document_a_row:
         return attend_rows(q, k, v, layout.row_length, None)
     # Document lengths are shapes: free to read on the CPU, but a wait on a GPU and a
@@ -200,6 +220,31 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, runs: tuple[tuple[int, in
     return torch.cat([attend_rows(*qkv, n, None) for qkv, n in zip(parts, lengths, strict=True)])
 
 
+def _attend_window(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+    """Chunks of a window's length, each of which sees itself and the chunk before it: linear in T, under masks."""
+    assert layout.window is not None
+    width, total = layout.window, layout.total
+    padding = -total % width
+
+    def chunks(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(0, (-1, width))
+
+    def with_chunk_before(x: Tensor) -> Tensor:
+        own = chunks(x)
+        before = torch.cat((torch.zeros_like(own[:1]), own[:-1]))
+        return torch.cat((before, own), dim=1).transpose(1, 2)
+
+    places = torch.arange(total + padding, device=q.device).view(-1, width)
+    # What fills the last chunk sees itself alone: a query needs at least one key.
+    starts = torch.cat((layout.key_starts, places.flatten()[total:])).view(-1, width)
+    keys = torch.cat((places - width, places), dim=1)
+    mask = (keys[:, None] >= starts[..., None]) & (keys[:, None] <= places[..., None])
+    out = scaled_dot_product_attention(
+        chunks(q).transpose(1, 2), with_chunk_before(k), with_chunk_before(v), mask[:, None]
+    )
+    return out.transpose(1, 2).flatten(0, 1)[:total]
+
+
 def _flex(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     return flex_attend(q, k, v, layout.block_mask)
 
@@ -215,16 +260,18 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     borders = layout.cu_seqlens
-    # The row length bounds every document and never changes, so that compiled blocks need no
-    # guard on it.
-    longest = layout.row_length
+    # It bounds every document and never changes, so that compiled blocks need no guard on it.
+    longest = layout.longest
+    before = -1 if layout.window is None else layout.window - 1
     groups: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
         if _varlen_takes_groups():
             groups["enable_gqa"] = True
         else:
             k, v = spread_heads(q, k), spread_heads(q, v)
-    out = varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0), **groups)
+    out = varlen_attn(
+        q, k, v, borders, borders, longest, longest, window_size=(before, 0), **groups
+    )
     assert isinstance(out, Tensor)  # a pair only where return_aux asks for it
     return out
 

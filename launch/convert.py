@@ -29,7 +29,7 @@ UNITS = {
 
 @click.group(epilog="Example: weft convert import ./OLMo-2-1124-7B runs/olmo2-7b")
 def command() -> None:
-    """To and from Hugging Face checkpoints (Olmo2ForCausalLM, LlamaForCausalLM; safetensors only)."""
+    """To and from Hugging Face checkpoints (Olmo2, Llama, Blt; safetensors only)."""
 
 
 @command.command(

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..models.errors import DataError
+from .data_patches import command as patches
 from .options import load_recipe_or_run, overrides_argument
+from .patch_options import patch_options, patching_from
 
 if TYPE_CHECKING:
     from ..trainer.data.config import DataConfig
+    from ..trainer.data.patches import PatchJob
     from ..trainer.data.shards import Manifest
 
-__all__ = ["command"]
+__all__ = ["command", "name_of"]
 
 PREPARE_EXAMPLES = """\b
 Examples:
   weft data prepare ~/texts --out data/texts
   weft data prepare 'web/*.jsonl.zst' --out data/web --vocabulary hf:tokenizers/dolma2
   weft data prepare builtin:python-stdlib --out data/stdlib --held-out 20
+  weft data prepare ~/texts --out data/texts --patches-from runs/entropy --patch-size 4.5
 """
 
 INSPECT_EXAMPLES = """\b
@@ -99,6 +103,19 @@ def command() -> None:
     is_flag=True,
     help="Leave out documents with 32 repeats of an n-gram in a row.",
 )
+@click.option(
+    "--patches-from",
+    type=click.Path(path_type=Path),
+    help="Store patch starts too: run of an entropy model (with --threshold or --patch-size), or one with patches.",
+)
+@patch_options
+@click.option(
+    "--sequence-length",
+    default=4096,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="Of the runs that will read the patches: data.sequence_length.",
+)
 def prepare(
     source: str,
     out: Path,
@@ -112,6 +129,9 @@ def prepare(
     held_out_min_bytes: int,
     held_out_max_bytes: int | None,
     drop_repetitive: bool,
+    patches_from: Path | None,
+    sequence_length: int,
+    **given: Any,
 ) -> None:
     """Prepare SOURCE into memory-mapped shards.
 
@@ -123,7 +143,7 @@ def prepare(
     from ..trainer.data.prepare import plan_preparation, prepare_source
 
     config = SourceConfig(
-        name=_name_of(source),
+        name=name_of(source),
         path=source,
         format=kind,  # type: ignore[arg-type]
         text_key=text_key,
@@ -138,6 +158,7 @@ def prepare(
         ),
         repeats=RepeatFilterConfig(),
         drop_repetitive=drop_repetitive,
+        patches=_patch_job(patches_from, given, vocabulary, sequence_length),
     )
     if preparation.listing.kind == "prepared":
         raise DataError(
@@ -146,7 +167,29 @@ def prepare(
     _report(prepare_source(preparation, out, workers=workers), out)
 
 
-def _name_of(path: str) -> str:
+def _patch_job(
+    run: Path | None, given: dict[str, Any], vocabulary: str, length: int
+) -> PatchJob | None:
+    """Patches to store: those of a run, or of a rule that needs no entropy model."""
+    asked = [name for name, value in given.items() if value is not None]
+    if run is None and not asked:
+        return None
+    if vocabulary != "bytes":
+        raise DataError(f"patches are of bytes, not of --vocabulary {vocabulary}; leave it out")
+    if run is None and given["scheme"] not in ("stride", "space"):
+        raise DataError(
+            f"--{asked[0].replace('_', '-')} needs an entropy model; name its run with --patches-from"
+        )
+    import torch
+
+    from ..trainer.patching import patch_job
+
+    patching, compute = patching_from(given, run)
+    device = "cuda" if torch.cuda.is_available() and patching.needs_entropy else "cpu"
+    return patch_job(patching, length, device, compute)
+
+
+def name_of(path: str) -> str:
     """A source's name from its path: what configuration allows of its last part."""
     last = Path(path.removeprefix("builtin:")).expanduser().resolve().name
     return re.sub(r"[^\w.-]+", "-", last).strip("-") or "data"
@@ -159,11 +202,20 @@ def _report(manifest: Manifest, out: Path) -> None:
         "bytes, "
         f"{len(manifest.shards)} shards",
         f"held out {len(manifest.held_out)} documents, left out {dropped or 'none'}",
+        *_patch_lines(manifest),
         f"fingerprint {manifest.fingerprint}",
         f"next: weft data inspect {out}, or a recipe with data.sources: "
-        f"[{{name: {_name_of(str(out))}, path: {out}}}]",
+        f"[{{name: {name_of(str(out))}, path: {out}}}]",
     ]
     click.echo("\n".join(lines))
+
+
+def _patch_lines(manifest: Manifest) -> list[str]:
+    if manifest.patches is None:
+        return []
+    known = {name: value for name, value in manifest.patches.items() if value is not None}
+    told = ", ".join(f"{name.replace('_', ' ')} {str(v)[:20]}" for name, v in known.items())
+    return [f"patches: {told}"]
 
 
 @command.command(epilog=INSPECT_EXAMPLES)
@@ -226,7 +278,10 @@ def _config_of_folder(folder: Path, vocabulary: str | None, sequence_length: int
         raise DataError(
             f"{folder} was prepared with a tokenizer; name it with --vocabulary hf:PATH"
         )
-    source = SourceConfig(name=_name_of(str(folder)), path=str(folder), format="prepared")
+    source = SourceConfig(name=name_of(str(folder)), path=str(folder), format="prepared")
     return DataConfig(
         sources=(source,), vocabulary=vocabulary or "bytes", sequence_length=sequence_length
     )
+
+
+command.add_command(patches)

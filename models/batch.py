@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORED", "PackedBatch"]
+__all__ = ["IGNORED", "NEXT_STARTS_PATCH", "PackedBatch"]
 
 IGNORED = -100
 """Target id of a position that carries no loss."""
+NEXT_STARTS_PATCH = "next_starts_patch"
+"""Side tensor of stored patches: (T,) bool, whether the byte after each position starts a patch. The first position of
+a document always starts one; asked about the byte *after*, the last position of a row has an answer too."""
 
 
 @dataclass(frozen=True)

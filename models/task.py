@@ -126,6 +126,21 @@ class Task(ABC):
         """Parameters that other runs supply."""
         return []
 
+    def part_seconds(self) -> dict[str, float]:
+        """Seconds that named parts of the steps since the last call took on this rank's device; never waits for it."""
+        return {}
+
+    def review(self, record: Mapping[str, float], positions: int) -> dict[str, float]:
+        """What follows from a step's values (means by name, over all ranks) and is to be recorded with them.
+
+        Args:
+            positions: of the step, over all ranks.
+
+        Raises:
+            TrainingError: the run must not go on.
+        """
+        return {}
+
     def phases(self, step: int) -> Sequence[str]:
         """Phases of this step, in order. Each is a backward and an update of its own groups."""
         return ("train",)

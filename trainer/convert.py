@@ -1,11 +1,13 @@
 """Hugging Face folders to runs and back, one tensor or one file at a time.
 
 An imported run holds a complete configuration and the weights alone, as its checkpoint of step 0. Either direction writes
-a hidden folder and renames it, so what exists is whole. Names and settings are in `models/transformer/hugging_face.py`.
+a hidden folder and renames it, so what exists is whole. Names and settings are in a family's `hugging_face` module. A
+frozen network that comes with a model (the entropy model of a BLT) is a run of its own, inside the model's.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +17,8 @@ import torch
 from torch import Tensor
 
 from ..models.errors import CheckpointError, ConfigError
-from ..models.transformer.config import Config
-from ..models.transformer.hugging_face import (
-    check_exportable,
-    from_hugging_face_config,
-    from_hugging_face_name,
-    parameter_shapes,
-    to_hugging_face_config,
-    to_hugging_face_name,
-)
+from ..models.hugging_face import HuggingFaceLayout, layout_for, layout_of
+from ..models.section import Section
 from .checkpoint.reading import find_checkpoint, list_checkpoints, read_manifest, read_tensor
 from .checkpoint.writing import write_checkpoint
 from .configuration.documents import dump_yaml
@@ -79,22 +74,44 @@ class Exported:
 
 
 class _Weights(Mapping[str, Tensor]):
-    """Tensors under their checkpoint names, each read and widened to fp32 when it is asked for."""
+    """One network's tensors under their checkpoint names, each read and widened to fp32 when it is asked for.
 
-    def __init__(self, stored: Mapping[str, StoredTensor], progress: Progress) -> None:
-        self._stored = stored
-        self._progress = progress
+    Args:
+        stored: by our names, of all networks.
+        network: the companion whose tensors these are; empty for the model itself.
+        arrange: their values to ours, given our name.
+    """
+
+    def __init__(
+        self,
+        stored: Mapping[str, StoredTensor],
+        network: str,
+        arrange: Callable[[str, Tensor], Tensor],
+        progress: Progress,
+    ) -> None:
+        self._stored, self._arrange, self._progress = stored, arrange, progress
+        split = {name: _network_of(name) for name in stored}
+        self._names = {
+            f"{PREFIX}{own}": name for name, (place, own) in split.items() if place == network
+        }
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = read_stored(self._stored[name]).to(torch.float32)
+        ours = self._names[name]
+        tensor = read_stored(self._stored[ours]).to(torch.float32)
         self._progress(tensor.nbytes)
-        return tensor
+        return self._arrange(ours, tensor)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return len(self._names)
+
+
+def _network_of(name: str) -> tuple[str, str]:
+    """The companion a parameter belongs to, empty for the model itself, and its name there."""
+    network, _, own = name.rpartition("/")
+    return network, own
 
 
 def import_folder(
@@ -122,44 +139,58 @@ def import_folder(
     """
     stored = open_tensors(source)
     theirs = read_json(source / "config.json")
-    model = from_hugging_face_config(theirs)
+    layout = layout_for(theirs)
+    model = layout.from_hugging_face_config(theirs)
     if overwrite and (run / "metrics.jsonl").exists():
         raise ConfigError(f"{run} holds a run that has trained; choose another folder")
-    found = tokenizer or find_tokenizer(source)
+    companions = dict(layout.companions(model))
+    places = {name: str((run / name).absolute()) for name in companions}
+    model = layout.with_companions(model, places)
+    found = None if layout.READS_BYTES else tokenizer or find_tokenizer(source)
+    positions = layout.longest_positions(theirs)
+    state = {"step": 0, "imported": {"folder": source.name, "max_positions": positions}}
     with staged_folder(run, overwrite=overwrite, marker="config.yaml") as staging:
-        draft = _draft_config(model, theirs, run, found, overrides)
+        draft = _draft_config(model, positions, run, found, overrides)
         write_text(staging / "config.yaml", dump_yaml(draft))
         config = load_run_config(staging, overrides).config
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run)})})
-        weights = _match(stored, config.model)  # type: ignore[arg-type]
+        weights = _match(stored, layout, config.model)
         parameters = sum(_numel(tensor.shape) for tensor in weights.values())
         _check_space(run, 4 * parameters)
         write_text(staging / "config.yaml", dump_config(config))
         if found is not None:
             copy_tokenizer(_tokenizer_folder(found), staging / "tokenizer")
-        positions = theirs.get("max_position_embeddings")
-        state = {"step": 0, "imported": {"folder": source.name, "max_positions": positions}}
-        write_checkpoint(
-            staging / "checkpoints" / "step_00000000", _Weights(weights, progress), state
-        )
+        for network in ("", *companions):
+            folder = staging / network
+            if network:
+                folder.mkdir()
+                own = _draft_config(companions[network], positions, run / network, found, overrides)
+                write_text(folder / "config.yaml", dump_yaml(own))
+            arrange = functools.partial(_to_ours, layout, config.model)
+            tensors = _Weights(weights, network, arrange, progress)
+            write_checkpoint(folder / "checkpoints" / "step_00000000", tensors, state)
     return Imported(run, config, parameters)
 
 
+def _to_ours(layout: HuggingFaceLayout, model: Section, name: str, tensor: Tensor) -> Tensor:
+    return layout.arrange(name, tensor, model, to_theirs=False)
+
+
 def _draft_config(
-    model: Config,
-    theirs: Mapping[str, Any],
+    model: Section,
+    positions: int | None,
     run: Path,
     tokenizer: Path | None,
     overrides: Sequence[str],
 ) -> dict[str, Any]:
     """Plain data of the run's configuration before overrides."""
-    length = min(int(theirs.get("max_position_embeddings") or 2048), LONGEST_SEQUENCE)
-    vocabulary = "bytes"
+    length = min(int(positions or 2048), LONGEST_SEQUENCE)
+    vocabulary, size = "bytes", getattr(model, "vocab_size", None)
     if tokenizer is not None:
         vocabulary = f"hf:{(run / 'tokenizer').absolute()}"
-    elif model.vocab_size != BYTE_VOCABULARY_SIZE and not _sets(overrides, "data.vocabulary"):
+    elif size != BYTE_VOCABULARY_SIZE and not _sets(overrides, "data.vocabulary"):
         raise ConfigError(
-            f"no tokenizer.json beside the weights, and {model.vocab_size} ids are not the byte vocabulary's "
+            f"no tokenizer.json beside the weights, and {size} ids are not the byte vocabulary's "
             f"{BYTE_VOCABULARY_SIZE}; add --tokenizer FOLDER or data.vocabulary=hf:FOLDER"
         )
     corpus = {"name": "python-stdlib", "path": "builtin:python-stdlib"}
@@ -183,11 +214,13 @@ def _tokenizer_folder(path: Path) -> Path:
     return folder
 
 
-def _match(stored: Mapping[str, StoredTensor], model: Config) -> dict[str, StoredTensor]:
-    """Their tensors under checkpoint names, in the model's order, complete and of the right shapes."""
+def _match(
+    stored: Mapping[str, StoredTensor], layout: HuggingFaceLayout, model: Section
+) -> dict[str, StoredTensor]:
+    """Their tensors under our names, in the model's order, complete and of the right shapes."""
     ours: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
-        mapped = from_hugging_face_name(name, model)
+        mapped = layout.from_hugging_face_name(name, model)
         if mapped is None:
             continue
         if mapped in ours:
@@ -195,7 +228,7 @@ def _match(stored: Mapping[str, StoredTensor], model: Config) -> dict[str, Store
                 f"{name} and {ours[mapped].name} are the same parameter; keep one of them"
             )
         ours[mapped] = tensor
-    shapes = parameter_shapes(model)
+    shapes = layout.parameter_shapes(model)
     for name, tensor in ours.items():
         if name not in shapes:
             raise CheckpointError(f"{tensor.name} does not exist in a model of config.json's size")
@@ -205,11 +238,11 @@ def _match(stored: Mapping[str, StoredTensor], model: Config) -> dict[str, Store
             )
     missing = [name for name in shapes if name not in ours]
     if missing:
-        theirs = to_hugging_face_name(missing[0], model)
+        theirs = layout.to_hugging_face_name(missing[0], model)
         raise CheckpointError(
             f"{len(missing)} of {len(shapes)} parameters are missing, the first is {theirs}; fetch the folder again"
         )
-    return {f"{PREFIX}{name}": ours[name] for name in shapes}
+    return {name: ours[name] for name in shapes}
 
 
 def export_run(
@@ -241,15 +274,13 @@ def export_run(
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
     model = config.model
-    if not isinstance(model, Config):
-        raise ConfigError(
-            f"models of family {getattr(model, 'family', '?')!r} have no Hugging Face class"
-        )
-    check_exportable(model)
+    layout = layout_of(model)
+    layout.check_exportable(model)
     checkpoint = _choose_checkpoint(run, step)
+    places = {"": checkpoint, **_companion_checkpoints(layout, model)}
     tokens, ids = _tokenizer_of(config, tokenizer)
     imported = read_manifest(checkpoint).state.get("imported") or {}
-    settings = to_hugging_face_config(
+    settings = layout.to_hugging_face_config(
         model,
         max_positions=max_positions or imported.get("max_positions") or config.data.sequence_length,
         bos_id=ids["bos"],
@@ -257,15 +288,22 @@ def export_run(
         pad_id=ids["pad"],
         dtype=str(DTYPES[dtype]).removeprefix("torch."),
     )
-    names = {to_hugging_face_name(name, model): name for name in parameter_shapes(model)}
-    shapes = {theirs: parameter_shapes(model)[ours] for theirs, ours in names.items()}
+    shapes = layout.parameter_shapes(model)
+    names = {layout.to_hugging_face_name(name, model): name for name in shapes}
+
+    def read(theirs: str) -> Tensor:
+        ours = names[theirs]
+        network, own = _network_of(ours)
+        tensor = _read_parameter(places[network], own, shapes[ours])
+        return layout.arrange(ours, tensor, model, to_theirs=True)
+
     parameters = sum(_numel(shape) for shape in shapes.values())
     with staged_folder(target, overwrite=overwrite, marker="config.json") as staging:
         _check_space(target, parameters * DTYPES[dtype].itemsize)
         files = write_shards(
             staging,
-            shapes,
-            lambda name: _read_parameter(checkpoint, names[name], shapes[name]),
+            {theirs: shapes[ours] for theirs, ours in names.items()},
+            read,
             dtype=DTYPES[dtype],
             max_shard_bytes=max_shard_bytes,
             progress=progress,
@@ -275,6 +313,23 @@ def export_run(
         if tokens is not None:
             copy_tokenizer(tokens, staging)
     return Exported(target, checkpoint, parameters, tuple(file.name for file in files))
+
+
+def _companion_checkpoints(layout: HuggingFaceLayout, model: Section) -> dict[str, Path]:
+    """Where the weights of a model's companions are.
+
+    Raises:
+        CheckpointError: there is nothing sound.
+    """
+    found = {}
+    for name, place in layout.companion_runs(model).items():
+        path = find_checkpoint(Path(place))
+        if path is None:
+            raise CheckpointError(
+                f"{place} holds no complete checkpoint of the model's {name} network, which belongs to the export"
+            )
+        found[name] = path
+    return found
 
 
 def _choose_checkpoint(run: Path, step: int | None) -> Path:

@@ -238,7 +238,7 @@ class GenerationState:
         self._rewound.add(row)
         self.cache.lengths[slot] = len(sequence)
         history = self.cache.recent.shape[1]
-        recent = [0] * history + sequence
+        recent = [self.cache.missing_id] * history + sequence
         if history:
             self.cache.recent[slot] = torch.tensor(recent[-history:], device=self._device)
 

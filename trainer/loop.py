@@ -29,6 +29,7 @@ from .distributed import Topology
 from .engines.protocol import Engine
 from .files import write_json
 from .metrics.accumulator import MetricsAccumulator
+from .metrics.patches import add_part_shares, add_patch_values
 from .metrics.progress import Progress
 from .metrics.recorder import MetricsRecorder
 from .metrics.records import plain_json
@@ -318,8 +319,12 @@ def _train_step(
     values: dict[str, Tensor | float | int] = {}
     for phase in run.task.phases(step):
         sums = run.engine.forward_backward(phase, step_batch.micro_batches, counts)
+        if "patches" in sums:
+            # Ranks exchange sums alone: how unevenly patches are spread over them is told by their squares.
+            sums["patches_squared"] = sums["patches"].square()
+            run.engine.count_of["patches_squared"] = run.engine.count_of["patches"]
         means = {
-            name: total / counts["tokens"]
+            name: total / counts[run.engine.count_of[name]]
             for name, total in run.engine.sum_over_ranks(sums).items()
         }
         loss = next(iter(means.values()))
@@ -335,6 +340,8 @@ def _train_step(
         "target_bytes": agreed.target_bytes,
     }
     values |= {"data_digest": agreed.data_digest, "first_sample": step_batch.first_sample}
+    if step_batch.patch_balance is not None:
+        values["patch_balance"] = step_batch.patch_balance
     return values | {f"epoch/{name}": epoch for name, epoch in step_batch.epochs.items()}
 
 
@@ -362,11 +369,14 @@ def _flush(run: Run, accumulator: MetricsAccumulator, policy: NonFinitePolicy) -
     peak = peak_flops(_device_name(run.topology))
     world_peak = peak * run.topology.world_size if peak else None
     add_rates(records, tokens, tokens * run.task.flops_per_token(length), world_peak)
+    add_part_shares(records, run.task.part_seconds())
     for record in records:
         if record["target_bytes"]:
             record["bits_per_byte"] = (
                 record["loss"] * record["target_tokens"] / math.log(2) / record["target_bytes"]
             )
+        record.update(run.task.review(record, tokens))
+        add_patch_values(record, tokens, run.engine.data_ranks)
         run.recorder.log(int(record["step"]), record)
         if policy.bad_values(record):
             _write_bad_step(run, record)

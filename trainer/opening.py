@@ -25,6 +25,7 @@ from .loop import Run, Supervision, TrainState
 from .metrics.progress import Progress
 from .metrics.recorder import MetricsRecorder
 from .metrics.records import METRICS_FILE
+from .patching import check_data_patches, settle_patching
 from .policies import SpikePolicy, StopRequest
 from .profiling import StepProfiler
 
@@ -41,9 +42,14 @@ def open_run(
     resume: bool,
     supervision: Supervision | None = None,
 ) -> Run:
-    """Collective: data, engine, checkpoint and records, at the step the run stands at."""
+    """Collective: data, engine, checkpoint and records, at the step the run stands at.
+
+    What the configuration leaves to the data is found here: the run's own `config` is complete.
+    """
     supervision = supervision or Supervision()
     data = open_data(config.data, topology)
+    config = settle_patching(config, data, topology, is_new=not resume)
+    check_data_patches(config, data, topology)
     task = build_task(config.model)
     engine = build_engine(task, config, topology)
 

@@ -144,8 +144,8 @@ def _run(
     is_lost = False
     try:
         run = open_run(config, topology, stop, resume=resume, supervision=supervision)
-        if resume and topology.is_main:
-            write_text(config.run_dir / "config.yaml", dump_config(config))
+        if (resume or run.config != config) and topology.is_main:
+            write_text(config.run_dir / "config.yaml", dump_config(run.config))
         with run.progress:
             reason = fit(run, stop)
         return reason, run.state.step, run.state.seconds

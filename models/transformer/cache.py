@@ -38,7 +38,10 @@ class KVCache:
         ]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         history = max(config.ngram.sizes) - 1 if config.ngram else 0
-        self.recent = torch.zeros(batch_size, history, dtype=torch.int64, device=device)
+        self.missing_id = config.ngram.missing_id if config.ngram else 0
+        self.recent = torch.full(
+            (batch_size, history), self.missing_id, dtype=torch.int64, device=device
+        )
         self.capacity = capacity
         self.used = 0
 
@@ -77,10 +80,14 @@ class LayerCache:
         cache: written in place.
         layer: which one.
         positions: (B, t) int64, of the new tokens, each below `cache.used`.
+        window: positions that each one sees, itself among them; None is all before it.
     """
 
-    def __init__(self, cache: KVCache, layer: int, positions: Tensor) -> None:
+    def __init__(
+        self, cache: KVCache, layer: int, positions: Tensor, window: int | None = None
+    ) -> None:
         self.cache = cache
+        self.window = window
         self.layer = layer
         self.positions = positions
 
@@ -96,6 +103,9 @@ class LayerCache:
         groups = q.shape[2] // k.shape[2]
         if groups > 1:
             keys, values = keys.repeat_interleave(groups, 2), values.repeat_interleave(groups, 2)
-        mask = torch.arange(used, device=q.device) <= self.positions[:, None, :, None]
+        places, own = torch.arange(used, device=q.device), self.positions[:, None, :, None]
+        mask = places <= own
+        if self.window is not None:
+            mask &= places > own - self.window
         q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
         return scaled_dot_product_attention(q, keys, values, attn_mask=mask).transpose(1, 2)

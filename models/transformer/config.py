@@ -43,6 +43,18 @@ class NgramConfig(Section):
     hash_functions: int = Field(
         1, ge=1, le=10, description="independent hashes, a table for each and each length"
     )
+    oldest_first: bool = Field(
+        True,
+        description="the hash gives the oldest id of a window power 0, as the released models have it; false is the paper's order",
+    )
+    short_windows: Literal["pad", "skip"] = Field(
+        "pad",
+        description="n-grams that reach before the start: hashed with id 0 (released models) or left out (paper)",
+    )
+    average: bool = Field(
+        False,
+        description="divide the sum of embeddings by their number, as the paper does; the released models do not",
+    )
     reset_at_documents: bool = Field(
         True,
         description="ids before the document count as 0; BLT's released models let windows cross",
@@ -50,6 +62,11 @@ class NgramConfig(Section):
     init_std: float | None = Field(
         None, gt=0, description="standard deviation at the start; null is d_model^-0.5"
     )
+
+    @property
+    def missing_id(self) -> int:
+        """What stands in a window for ids before the start; a negative one leaves the n-gram out."""
+        return 0 if self.short_windows == "pad" else -1
 
 
 class Config(Section):
@@ -95,6 +112,11 @@ class Config(Section):
     )
     attention: Literal["auto", "sdpa", "flex", "varlen"] = Field(
         "auto", description="attention backend; auto picks by device"
+    )
+    window: int | None = Field(
+        None,
+        gt=0,
+        description="positions that each one attends to, itself among them; null is its whole document so far",
     )
     ngram: NgramConfig | None = Field(
         None, description="hashed n-gram embeddings; for byte vocabularies"
@@ -173,12 +195,19 @@ class Config(Section):
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs of one position: `6*(parameters - embedding) + 12*L*H*hd*S`, no causal discount.
 
-        Source: OLMo-core's definition. Lookups (embedding, n-gram tables) count as zero; a tied head is counted.
+        Source: OLMo-core's definition. Lookups (embedding, n-gram tables) count as zero; a tied head is counted. S is the
+        window where that is shorter.
         """
+        seen = min(sequence_length, self.window or sequence_length)
         counts = self.count_parameters()
         multiplied = counts["blocks"] + counts["final_norm"] + self.vocab_size * self.d_model
-        attention = 12 * self.n_layers * self.n_heads * self.head_width * sequence_length
+        attention = 12 * self.n_layers * self.n_heads * self.head_width * seen
         return 6.0 * multiplied + attention
+
+    @property
+    def table_width(self) -> int:
+        """Values in a row of the n-gram tables."""
+        return self.d_model
 
     def ngram_init_std(self) -> float:
         assert self.ngram is not None

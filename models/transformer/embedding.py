@@ -16,23 +16,36 @@ __all__ = ["NgramTables", "TokenEmbedding"]
 
 
 class NgramTables(nn.Module):
-    """One table for every hash function and n-gram length, fused into one matrix."""
+    """One table for every hash function and n-gram length, fused into one matrix of `width` columns."""
 
-    def __init__(self, config: NgramConfig, d_model: int) -> None:
+    def __init__(self, config: NgramConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        tables = config.hash_functions * len(config.sizes)
-        self.weight = nn.Parameter(torch.empty(tables * config.rows, d_model))
+        self.tables = config.hash_functions * len(config.sizes)
+        self.weight = nn.Parameter(torch.empty(self.tables * config.rows, width))
 
     @property
     def longest(self) -> int:
         return max(self.config.sizes)
 
     def forward(self, windows: Tensor) -> Tensor:
-        """Sum of the rows of every position: (longest, ...) ids to (..., d_model)."""
+        """Sum of the rows of every position: (longest, ...) ids, negative for none, to (..., width)."""
         c = self.config
-        rows = ngram_hash(windows, c.sizes, c.rows, c.hash_functions)
-        return lookup_sum(self.weight, rows.flatten(0, -2)).unflatten(0, rows.shape[:-1])
+        rows = ngram_hash(windows, c.sizes, c.rows, c.hash_functions, oldest_first=c.oldest_first)
+        summed = lookup_sum(self.weight, rows.flatten(0, -2), has_missing=c.short_windows == "skip")
+        return summed.unflatten(0, rows.shape[:-1])
+
+    def windows(self, tokens: Tensor, position_ids: Tensor, row_length: int) -> Tensor:
+        """(longest, T) ids before each position; they end at documents, or at rows if so configured."""
+        reach = position_ids
+        if not self.config.reset_at_documents:
+            reach = torch.arange(len(tokens), device=tokens.device) % row_length
+        return packed_windows(tokens, reach, self.longest, self.config.missing_id)
+
+    def add_to(self, embedded: Tensor, windows: Tensor) -> Tensor:
+        """Embeddings (..., width) of ids and their n-grams together."""
+        summed = embedded + self(windows).to(embedded.dtype)
+        return summed / (self.tables + 1) if self.config.average else summed
 
 
 class TokenEmbedding(nn.Module):
@@ -48,13 +61,10 @@ class TokenEmbedding(nn.Module):
         if self.ngrams is None:
             return embedded
         assert windows is not None
-        return embedded + self.ngrams(windows).to(embedded.dtype)
+        return self.ngrams.add_to(embedded, windows)
 
     def windows(self, tokens: Tensor, position_ids: Tensor, row_length: int) -> Tensor | None:
-        """What the tables hash at each position; ends at documents, or at rows if so configured."""
+        """What the tables hash at each position, see `NgramTables.windows`; None without tables."""
         if self.ngrams is None:
             return None
-        reach = position_ids
-        if not self.ngrams.config.reset_at_documents:
-            reach = torch.arange(len(tokens), device=tokens.device) % row_length
-        return packed_windows(tokens, reach, self.ngrams.longest)
+        return self.ngrams.windows(tokens, position_ids, row_length)

@@ -8,21 +8,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from ..errors import ConfigError
 from .config import Config, RopeScalingConfig
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = [
+    "MODEL_TYPES",
+    "READS_BYTES",
+    "arrange",
+    "block_names",
     "check_exportable",
+    "companion_runs",
+    "companions",
     "from_hugging_face_config",
     "from_hugging_face_name",
+    "longest_positions",
     "parameter_shapes",
     "to_hugging_face_config",
     "to_hugging_face_name",
+    "with_companions",
 ]
+
+MODEL_TYPES = ("olmo2", "llama")
+READS_BYTES = False
 
 # Ours -> theirs. The two norms of a block are placed, and so called, differently in the two families.
 _OUTSIDE = {
@@ -94,6 +108,36 @@ _LLAMA3_SCALING = {
 }
 
 
+def block_names(norm: str) -> dict[str, str]:
+    """Their names of a block's parameters by ours, both inside the block."""
+    return {**_INSIDE, **_NORMS[norm]}
+
+
+def companions(config: Config) -> dict[str, Config]:
+    """Networks whose weights are runs of their own: none."""
+    return {}
+
+
+def companion_runs(config: Config) -> dict[str, str]:
+    """Where those runs are: nowhere."""
+    return {}
+
+
+def with_companions(config: Config, runs: Mapping[str, str]) -> Config:
+    """The configuration itself."""
+    return config
+
+
+def arrange(name: str, tensor: Tensor, config: Config, *, to_theirs: bool) -> Tensor:
+    """The values of a parameter as the other side orders them: the same."""
+    return tensor
+
+
+def longest_positions(theirs: Mapping[str, Any]) -> int | None:
+    """Tokens their model is said to take."""
+    return theirs.get("max_position_embeddings")
+
+
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Every parameter of the model by our name, in the model's order, without building it."""
     d, f, vocab = config.d_model, config.d_ff, config.vocab_size
@@ -131,7 +175,7 @@ def to_hugging_face_name(name: str, config: Config) -> str:
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    inner = {**_INSIDE, **_NORMS[config.norm]}.get(found.group(2)) if found else None
+    inner = block_names(config.norm).get(found.group(2)) if found else None
     if found is None or inner is None:
         raise ConfigError(f"{name} has no place in a Hugging Face checkpoint; {_NO_TABLES}")
     return f"model.layers.{found.group(1)}.{inner}"
@@ -149,7 +193,7 @@ def from_hugging_face_name(name: str, config: Config) -> str | None:
     outside = {**{theirs: ours for ours, theirs in _OUTSIDE.items()}, **_OLMO_CORE_OUTSIDE}
     if name in outside:
         return outside[name]
-    theirs = {v: k for k, v in {**_INSIDE, **_NORMS[config.norm]}.items()}
+    theirs = {v: k for k, v in block_names(config.norm).items()}
     for pattern, table in (
         (r"model\.layers\.(\d+)\.(.+)", theirs),
         (r"blocks\.(\d+)\.(.+)", _OLMO_CORE_INSIDE),
@@ -173,6 +217,10 @@ def check_exportable(config: Config) -> str:
     """
     if config.ngram is not None:
         raise ConfigError(f"model.ngram is set; {_NO_TABLES}")
+    if config.window is not None:
+        raise ConfigError(
+            f"model.window is {config.window}; Hugging Face's Olmo2 and Llama attend to all positions, so it cannot be exported"
+        )
     kind = _CLASSES.get((config.norm, config.qk_norm))
     if kind is None:
         raise ConfigError(

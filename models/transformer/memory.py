@@ -10,7 +10,13 @@ from typing import Literal
 
 from .config import Config
 
-__all__ = ["activation_bytes", "block_parameters"]
+__all__ = [
+    "activation_bytes",
+    "block_parameters",
+    "block_values",
+    "logit_bytes",
+    "matrix_products",
+]
 
 Recompute = Literal["none", "block", "selective"]
 
@@ -36,8 +42,8 @@ def activation_bytes(
         `ends`: embedding, final norm and the gradient that enters the blocks.
     """
     d, f, c = config.d_model, config.d_ff, compute_bytes
-    whole = _block_values(config)
-    kept = {"none": whole, "block": d, "selective": _matrix_products(config)}[recompute]
+    whole = block_values(config)
+    kept = {"none": whole, "block": d, "selective": matrix_products(config)}[recompute]
     return {
         "kept": config.n_layers * tokens * kept * c,
         "recomputed": {"none": 0, "block": whole, "selective": whole - kept}[recompute]
@@ -46,12 +52,12 @@ def activation_bytes(
         "in_flight": tokens * 2 * f * c,
         "logits": min(tokens, config.loss_chunk_tokens or tokens)
         * config.vocab_size
-        * _logit_bytes(c),
+        * logit_bytes(c),
         "ends": 3 * tokens * d * c,
     }
 
 
-def _block_values(config: Config) -> int:
+def block_values(config: Config) -> int:
     """Values a position that autograd keeps in one block without recomputation."""
     d, f, hd = config.d_model, config.d_ff, config.head_width
     q, kv = config.n_heads * hd, config.kv_heads * hd
@@ -62,12 +68,12 @@ def _block_values(config: Config) -> int:
     return attention + before_norm + mlp + 4 * d
 
 
-def _matrix_products(config: Config) -> int:
+def matrix_products(config: Config) -> int:
     """Values a position of the block's input and of what its matrix products and attention gave."""
     q, kv = config.n_heads * config.head_width, config.kv_heads * config.head_width
     return config.d_model + (q + 2 * kv) + q + config.d_model + 2 * config.d_ff + config.d_model
 
 
-def _logit_bytes(compute_bytes: int) -> int:
+def logit_bytes(compute_bytes: int) -> int:
     """Logits in the compute type, and fp32 work of the loss's gradient."""
     return compute_bytes + (4 if compute_bytes == 4 else 8)

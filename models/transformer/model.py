@@ -21,6 +21,7 @@ from ...kernels import (
     attention_problem,
     following_windows,
     linear_cross_entropy,
+    linear_entropy,
     packed_attention,
     rms_norm,
     rotary_frequencies,
@@ -144,7 +145,8 @@ class Transformer(nn.Module):
             batch: a packed batch; or (B, t) int64 ids, with the other arguments of
                 `forward_cached`, which comes this way so that hooks on the root run.
             output: `losses` gives `{"cross_entropy", "z_loss"}`, () fp32 sums over the counted
-                targets; `logits` (T, V) fp32.
+                targets; `logits` (T, V) fp32; `entropy` (T,) fp32 nats of each position's prediction,
+                without keeping the logits.
 
         Raises:
             ConfigError: the configured attention does not run on this device and type.
@@ -152,7 +154,11 @@ class Transformer(nn.Module):
         if isinstance(batch, Tensor):
             return self._forward_cached(batch, **cached)
         layout = PackedLayout(
-            batch.cu_seqlens, batch.position_ids, batch.max_seqlen, batch.row_length
+            batch.cu_seqlens,
+            batch.position_ids,
+            batch.max_seqlen,
+            batch.row_length,
+            self.config.window,
         )
         layout.prepare(self.config.attention)
         rotary = self._rotary(batch.position_ids)
@@ -164,6 +170,8 @@ class Transformer(nn.Module):
         x = self.norm(x)
         if output == "logits":
             return linear(x, self.head_weight).float()
+        if output == "entropy":
+            return linear_entropy(x, self.head_weight.to(x.dtype))
         entropy, z = linear_cross_entropy(
             x, self.head_weight, batch.targets, self.config.loss_chunk_tokens
         )
@@ -196,7 +204,7 @@ class Transformer(nn.Module):
         windows = following_windows(cache.recent, tokens) if has_ngrams else None
         x = self.embedding(tokens, windows)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, LayerCache(cache, layer, positions))
+            x = block(x, rotary, LayerCache(cache, layer, positions, self.config.window))
         cache.remember(tokens, new_lengths)
         return linear(self.norm(x), self.head_weight).float()
 

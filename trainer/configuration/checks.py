@@ -106,6 +106,11 @@ def _ngrams_of_bytes(config: TrainingConfig) -> Iterator[str]:
         )
 
 
+def _patches_of_bytes(config: TrainingConfig) -> Iterator[str]:
+    if getattr(config.model, "patching", None) is not None and config.data.vocabulary != "bytes":
+        yield f"data.vocabulary: patches are of bytes, found {config.data.vocabulary}; set data.vocabulary=bytes"
+
+
 def _mesh_only_for_hsdp(config: TrainingConfig) -> Iterator[str]:
     parallel = config.parallel
     for key in ("shard_ranks", "replicate_ranks"):
@@ -148,6 +153,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("train.steps", "train.batch_tokens", "schedule"), _schedule_in_steps),
     (("model.vocab_size", "data.vocabulary"), _vocabulary_fits),
     (("model.ngram", "data.vocabulary"), _ngrams_of_bytes),
+    (("model.patching", "data.vocabulary"), _patches_of_bytes),
     (("parallel",), _mesh_only_for_hsdp),
     (("parallel",), _strategy_of_engine),
     (("optimizer",), _skip_step_can_apply),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...models.errors import ConfigError
+from .borrowed import fill_borrowed
 from .documents import read_document
 from .dump import config_hash, dump_config
 from .overrides import apply_override
@@ -88,6 +89,10 @@ def _finish(layers: Layers, overrides: Sequence[str]) -> Loaded:
             apply_override(layers, text, schema_of_data(layers))
         except ConfigError as error:
             errors.append(str(error))
+    try:
+        fill_borrowed(layers, schema_of_data(layers).model_fields["model"].annotation)  # type: ignore[arg-type]
+    except ConfigError as error:
+        errors.append(str(error))
     config, found = validate(layers)
     if errors or config is None:
         raise ConfigError("\n".join([*errors, *found]))

@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from ...models.errors import DataError, WeftError
 from .config import DataConfig, SourceConfig
 from .order import SampleOrder, SourceShare
+from .patches import BitStream, check_same_patcher, open_bits
 from .prepare import plan_preparation, prepare_source
 from .shards import Manifest, read_manifest
+from .spans import document_span, open_spans, split_spans
 from .stream import TokenStream
 from .vocabulary import Vocabulary, open_vocabulary
 
@@ -42,6 +44,7 @@ class Source:
         train: ids that are trained on.
         held_out: ids of the documents kept for evaluation.
         sequences: samples of one pass.
+        train_patches, held_out_patches: stored patch starts of the same positions; None where there are none.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Source:
     train: TokenStream
     held_out: TokenStream
     sequences: int
+    train_patches: BitStream | None = None
+    held_out_patches: BitStream | None = None
 
     @property
     def held_out_bytes(self) -> int:
@@ -66,7 +71,7 @@ class Source:
         """(N,) ids of each held-out document."""
         for shard_number, document, _ in self.manifest.held_out:
             shard = self.manifest.shards[shard_number]
-            start, stop = _document_span(shard.open_ends(self.folder), document)
+            start, stop = document_span(shard.open_ends(self.folder), document)
             yield shard.open_ids(self.folder)[start:stop]
 
 
@@ -78,6 +83,15 @@ class Dataset:
         self.vocabulary = vocabulary
         self.sources = sources
         self.sequence_length = config.sequence_length
+
+    @property
+    def patches(self) -> Mapping[str, Any] | None:
+        """Identity of the patcher whose patches all sources have stored; None where none has any.
+
+        Raises:
+            DataError: the sources differ.
+        """
+        return check_same_patcher({source.name: source.manifest.patches for source in self.sources})
 
     def source(self, name: str) -> Source:
         """The source of this name.
@@ -275,7 +289,8 @@ def _open_source(
             f"recipe's is {_short(vocabulary.identity())}; set data.vocabulary to match, or "
             "prepare it again"
         )
-    train, held_out = _split_streams(folder, manifest, vocabulary.dtype)
+    spans, held_out_spans = split_spans(folder, manifest)
+    train = open_spans(folder, manifest, spans, vocabulary.dtype)
     sequences = train.sequences(config.sequence_length)
     if not sequences:
         raise DataError(
@@ -283,28 +298,26 @@ def _open_source(
             "sample takes "
             f"{config.sequence_length} and the id after; lower data.sequence_length or add data"
         )
-    return Source(item.name, index, item, folder, manifest, train, held_out, sequences)
+    _check_row_length(item.name, manifest, config.sequence_length)
+    return Source(
+        item.name,
+        index,
+        item,
+        folder,
+        manifest,
+        train,
+        open_spans(folder, manifest, held_out_spans, vocabulary.dtype),
+        sequences,
+        open_bits(folder, manifest, spans),
+        open_bits(folder, manifest, held_out_spans),
+    )
 
 
-def _split_streams(
-    folder: Path, manifest: Manifest, dtype: np.dtype
-) -> tuple[TokenStream, TokenStream]:
-    """The pieces between held-out documents, and those documents."""
-    chosen: dict[int, list[int]] = {}
-    for number, document, _ in manifest.held_out:
-        chosen.setdefault(number, []).append(document)
-    train, held_out = [], []
-    for number, shard in enumerate(manifest.shards):
-        ids = shard.open_ids(folder)
-        position = 0
-        for document in sorted(chosen.get(number, ())):
-            start, stop = _document_span(shard.open_ends(folder), document)
-            train.append(ids[position:start])
-            held_out.append(ids[start:stop])
-            position = stop
-        train.append(ids[position:])
-    return TokenStream(train, dtype), TokenStream(held_out, dtype)
-
-
-def _document_span(ends: NDArray[np.int64], document: int) -> tuple[int, int]:
-    return (int(ends[document - 1]) if document else 0), int(ends[document])
+def _check_row_length(name: str, manifest: Manifest, length: int) -> None:
+    """Patches are those of rows, and rows of another length are other rows."""
+    if manifest.patches is not None and manifest.patches["sequence_length"] != length:
+        stored = manifest.patches["sequence_length"]
+        raise DataError(
+            f"source {name!r} was patched for data.sequence_length={stored} and the run's is {length}; set it to "
+            f"{stored}, or prepare the source again with --sequence-length {length}"
+        )

@@ -1,7 +1,7 @@
 """Packed batches of the i-th step, assembled ahead in the background.
 
 A step takes the next `batch_rows` samples of the run's order; this rank gets a contiguous share of
-them, cut into micro-batches. The loader's whole state is how many samples were given out, so a
+them (or, where patches are stored, a share with as many patches as the others'), cut into micro-batches. The loader's whole state is how many samples were given out, so a
 restart seeks.
 """
 
@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from ...models.batch import PackedBatch
 from ...models.errors import ConfigError
+from .balance import deal_rows, rank_balance
 from .dataset import Dataset, Source
 from .order import Located
 from .packing import RowAssembler, Rows
+from .patches import BitStream
 from .stream import TokenStream
 
 __all__ = ["HeldOutBatches", "PackedLoader", "StepBatch", "held_out_batches", "next_start"]
@@ -46,6 +48,7 @@ class StepBatch:
         source_counts: samples of the step by source, over all ranks.
         epochs: whole passes made over each source of the step before its last sample here.
         wait_s: how long the caller was kept waiting for it.
+        patch_balance: stored patches of the fullest rank over the mean; None where none are stored.
     """
 
     first_sample: int
@@ -54,6 +57,7 @@ class StepBatch:
     source_counts: dict[str, int]
     epochs: dict[str, int]
     wait_s: float = 0.0
+    patch_balance: float | None = None
 
 
 class PackedLoader:
@@ -99,9 +103,10 @@ class PackedLoader:
         self.data = data
         self.order = data.order(seed)
         self._streams = [source.train for source in data.sources]
+        self._patches = [source.train_patches for source in data.sources]
         self._assembler = _assembler(data, is_training=True)
         self._batch_rows = batch_rows
-        self._offset = data_rank * self._share
+        self._data_rank, self._data_ranks = data_rank, data_ranks
         self._pin_memory = pin_memory
         self._samples = self._next_sample = start_sample
         self._end_sample = end_sample
@@ -187,9 +192,10 @@ class PackedLoader:
     def assemble(self, first_sample: int) -> StepBatch:
         """The step that begins at a sample, here and now; a pure function of it."""
         located = self.order.locate(first_sample, first_sample + self._batch_rows)
+        rows, balance = self._deal(located)
         batches = [
-            self._micro_batch(first_sample, located, first)
-            for first in range(self._offset, self._offset + self._share, self._micro_rows)
+            self._micro_batch(first_sample, located, rows[first : first + self._micro_rows])
+            for first in range(0, self._share, self._micro_rows)
         ]
         names = [source.name for source in self.data.sources]
         counts = np.bincount(located.sources, minlength=len(names)).tolist()
@@ -199,8 +205,33 @@ class PackedLoader:
             if count
         }
         return StepBatch(
-            first_sample, self._batch_rows, batches, dict(zip(names, counts, strict=True)), epochs
+            first_sample,
+            self._batch_rows,
+            batches,
+            dict(zip(names, counts, strict=True)),
+            epochs,
+            patch_balance=balance,
         )
+
+    def _deal(self, located: Located) -> tuple[NDArray[np.int64], float | None]:
+        """This rank's rows of a step: a run of them, or, where patches are stored, as evenly many patches as can be."""
+        if any(stream is None for stream in self._patches):
+            first = self._data_rank * self._share
+            return np.arange(first, first + self._share), None
+        length = self.data.sequence_length
+        loads = np.array(
+            [
+                stream.count(sequence * length, length)
+                for stream, sequence in zip(
+                    (self._patches[j] for j in located.sources.tolist()),
+                    located.sequences.tolist(),
+                    strict=True,
+                )
+                if stream is not None
+            ]
+        )
+        dealt = deal_rows(loads, self._data_ranks, self._micro_rows)
+        return dealt[self._data_rank], rank_balance(loads, dealt)
 
     def _submit(self) -> None:
         starts: list[int] = []
@@ -223,14 +254,19 @@ class PackedLoader:
                 return [*found, error]
         return found
 
-    def _micro_batch(self, first_sample: int, located: Located, first: int) -> PackedBatch:
-        part = slice(first, first + self._micro_rows)
+    def _micro_batch(
+        self, first_sample: int, located: Located, part: NDArray[np.int64]
+    ) -> PackedBatch:
         sources = located.sources[part]
         ids, borders = _gather(
             self._streams, sources, located.sequences[part], self.data.sequence_length
         )
-        sample_ids = range(first_sample + first, first_sample + first + self._micro_rows)
-        batch = self._assembler.pack(Rows(ids, borders, tuple(sample_ids), tuple(sources.tolist())))
+        sample_ids = (first_sample + part).tolist()
+        bits = _gather_patches(
+            self._patches, sources, located.sequences[part], self.data.sequence_length
+        )
+        rows = Rows(ids, borders, tuple(sample_ids), tuple(sources.tolist()), bits)
+        batch = self._assembler.pack(rows)
         return batch.pin_memory() if self._pin_memory else batch
 
 
@@ -270,6 +306,23 @@ def _gather(
     return ids, borders
 
 
+def _gather_patches(
+    streams: Sequence[BitStream | None],
+    sources: NDArray[np.int64],
+    sequences: NDArray[np.int64],
+    length: int,
+) -> NDArray[np.bool_] | None:
+    """(R, length) stored patch starts of the same rows; None where a source has none."""
+    found = [
+        stream.read(sequence * length, length)
+        for stream, sequence in zip(
+            (streams[j] for j in sources.tolist()), sequences.tolist(), strict=True
+        )
+        if stream is not None
+    ]
+    return np.stack(found) if len(found) == len(sources) else None
+
+
 class HeldOutBatches:
     """The held-out documents of one source as batches; every rank gives the same number of them.
 
@@ -293,6 +346,7 @@ class HeldOutBatches:
     ) -> None:
         self._source = source
         self._stream = source.held_out
+        self._patches = source.held_out_patches
         self._length = dataset.sequence_length
         self._assembler = _assembler(dataset, is_training=False)
         self._micro_rows, self._rank, self._ranks = micro_batch_rows, data_rank, data_ranks
@@ -320,8 +374,11 @@ class HeldOutBatches:
         ids = np.empty((len(rows), length + 1), self._stream.dtype)
         starts = [row * self._length for row in rows]
         borders = self._stream.read_rows(ids, range(len(rows)), starts)
+        bits = None
+        if self._patches is not None:
+            bits = np.stack([self._patches.read(start, length) for start in starts])
         return self._assembler.pack(
-            Rows(ids, borders, tuple(rows), (self._source.index,) * len(rows)),
+            Rows(ids, borders, tuple(rows), (self._source.index,) * len(rows), bits),
             ignore_all=ignore_all,
         )
 

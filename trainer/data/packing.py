@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...models.batch import IGNORED, PackedBatch
+from ...models.batch import IGNORED, NEXT_STARTS_PATCH, PackedBatch
 from .config import RepeatFilterConfig
 from .repeats import find_repetitive_rows
 
@@ -30,12 +30,14 @@ class Rows:
     Args:
         ids: (R, S + 1) in storage type.
         borders: (row, position) at which a document starts although no EOS stands before it.
+        next_starts: (R, S), whether the position after each starts a patch, where that is stored.
     """
 
     ids: NDArray[Any]
     borders: Sequence[tuple[int, int]]
     sample_ids: tuple[int, ...]
     source_ids: tuple[int, ...]
+    next_starts: NDArray[np.bool_] | None = None
 
 
 class RowAssembler:
@@ -78,6 +80,9 @@ class RowAssembler:
         targets[silent] = IGNORED
         tokens = np.empty((count, length), np.int64)
         tokens[:] = rows.ids[:, :length]
+        side = {}
+        if rows.next_starts is not None:
+            side[NEXT_STARTS_PATCH] = torch.from_numpy(rows.next_starts.reshape(-1))
         return PackedBatch(
             tokens=torch.from_numpy(tokens.reshape(-1)),
             targets=torch.from_numpy(targets.reshape(-1)),
@@ -89,6 +94,7 @@ class RowAssembler:
             source_ids=rows.source_ids,
             target_count=length * int(np.count_nonzero(~silent)) - len(counted_ends),
             target_bytes=target_bytes,
+            side=side,
         )
 
     def _document_ends(self, rows: Rows) -> NDArray[np.int64]:

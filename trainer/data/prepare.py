@@ -23,15 +23,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
 
 from ...models.errors import DataError
 from ..files import free_bytes, sync_directory
 from .config import HeldOutConfig, RepeatFilterConfig, SourceConfig
+from .patches import PatchJob, write_patches
 from .shard_writer import UnitJob, unit_identity, write_unit
 from .shards import FORMAT_VERSION, MANIFEST, Manifest, Shard, content_fingerprint, read_manifest
 from .sources import Listing, Unit, list_inputs, plan_units
 from .vocabulary import open_vocabulary
+
+if TYPE_CHECKING:
+    from ...models.batch import PackedBatch
 
 __all__ = ["Preparation", "plan_preparation", "prepare_source"]
 
@@ -48,12 +54,14 @@ class Preparation:
 
     Args:
         key: hash of the inputs (names, sizes, times) and of every setting that changes the result.
+        patches: patches to store with the ids, or None.
     """
 
     listing: Listing
     units: tuple[Unit, ...]
     job: UnitJob
     key: str
+    patches: PatchJob | None = None
 
 
 def plan_preparation(
@@ -63,6 +71,7 @@ def plan_preparation(
     held_out: HeldOutConfig,
     repeats: RepeatFilterConfig,
     drop_repetitive: bool = False,
+    patches: PatchJob | None = None,
 ) -> Preparation:
     """List the inputs and cut them into units.
 
@@ -81,8 +90,11 @@ def plan_preparation(
     )
     units = tuple(plan_units(listing, source.token_dtype))
     inputs = [[file.name, file.size, file.mtime_ns] for file in listing.files]
-    payload = json.dumps([FORMAT_VERSION, job.identity(), inputs], sort_keys=True)
-    return Preparation(listing, units, job, hashlib.sha256(payload.encode()).hexdigest())
+    parts = [FORMAT_VERSION, job.identity(), inputs]
+    if patches is not None:
+        parts.append(patches.identity())
+    payload = json.dumps(parts, sort_keys=True)
+    return Preparation(listing, units, job, hashlib.sha256(payload.encode()).hexdigest(), patches)
 
 
 def prepare_source(
@@ -116,6 +128,11 @@ def prepare_source(
             if manifest is None:
                 _run_units(preparation, partial, workers, quiet)
                 manifest = _finish(preparation, partial)
+                if preparation.patches is not None:
+                    manifest = _add_patches(
+                        preparation, preparation.patches, partial, manifest, quiet
+                    )
+                manifest.write(partial)
         except DataError:
             if not any(partial.glob("*.record")):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -146,6 +163,7 @@ def _leave_only(folder: Path, manifest: Manifest) -> None:
         MANIFEST,
         *(shard.ends for shard in manifest.shards),
         *(shard.ids for shard in manifest.shards),
+        *(shard.patches for shard in manifest.shards),
     }
     for path in folder.iterdir():
         if path.name not in wanted:
@@ -213,8 +231,33 @@ def _run_units(preparation: Preparation, partial: Path, workers: int | None, qui
         else:
             _run_pool(job, pending, partial, min(count, len(pending)), advance)
     if pending:
-        size = sum(unit.size_bytes for unit in pending) / 1e6
-        _say(f"prepared {title}: {size:.1f} MB in {time.monotonic() - started:.1f} s", quiet)
+        _say(f"prepared {title}: {_rate(sum(u.size_bytes for u in pending), started)}", quiet)
+
+
+def _rate(done: int, started: float) -> str:
+    seconds = max(time.monotonic() - started, 1e-3)
+    return f"{done / 1e6:.1f} MB in {seconds:.1f} s ({done / 1e6 / seconds:.2f} MB/s)"
+
+
+def _add_patches(
+    preparation: Preparation, patches: PatchJob, partial: Path, manifest: Manifest, quiet: bool
+) -> Manifest:
+    """Store where patches start; one pass over all ids in the order of training's rows."""
+    # Batches are torch's, and preparing text alone needs none of it.
+    from .packing import RowAssembler, Rows
+
+    vocabulary = open_vocabulary(preparation.job.vocabulary)
+    assembler = RowAssembler(vocabulary.eos_id, vocabulary.token_byte_lengths(), None)
+
+    def pack(ids: NDArray[Any], borders: list[tuple[int, int]]) -> PackedBatch:
+        nothing = (0,) * len(ids)
+        return assembler.pack(Rows(ids, borders, nothing, nothing))
+
+    started = time.monotonic()
+    with _progress(f"{preparation.listing.title}, patches", manifest.tokens, quiet) as advance:
+        patched = write_patches(patches, partial, manifest, pack, vocabulary.dtype, advance)
+    _say(f"patched {preparation.listing.title}: {_rate(manifest.bytes, started)}", quiet)
+    return patched
 
 
 def _cores() -> int:
@@ -287,7 +330,7 @@ def _check_space(preparation: Preparation, partial: Path, pending_bytes: int) ->
 
 
 def _finish(preparation: Preparation, partial: Path) -> Manifest:
-    """Join the records into a manifest."""
+    """Join the records into a manifest, which is not written yet."""
     records = [json.loads(_record_of(unit, partial).read_bytes()) for unit in preparation.units]
     kept = [record for record in records if record["shard"]["tokens"]]
     dropped: dict[str, int] = {}
@@ -307,7 +350,7 @@ def _finish(preparation: Preparation, partial: Path) -> Manifest:
     shards = tuple(Shard(**record["shard"]) for record in kept)
     held_out = _choose_held_out(kept, preparation.job.held_out.documents)
     identity = preparation.job.vocabulary_identity
-    manifest = Manifest(
+    return Manifest(
         plan=preparation.key,
         source=preparation.listing.title,
         kind=preparation.listing.kind,
@@ -317,8 +360,6 @@ def _finish(preparation: Preparation, partial: Path) -> Manifest:
         dropped=dropped,
         fingerprint=content_fingerprint(identity, shards, held_out),
     )
-    manifest.write(partial)
-    return manifest
 
 
 def _choose_held_out(

@@ -84,4 +84,4 @@ def _ring(ranks: int) -> float:
 
 def _row_bytes(config: TrainingConfig, values: int) -> int:
     model: Any = config.model
-    return values * GRADIENT_BYTES + values // model.d_model * INDEX_BYTES
+    return values * GRADIENT_BYTES + values // model.table_width * INDEX_BYTES

@@ -277,4 +277,4 @@ def _backward_ends(state: Memory, sizes: _Sizes, layout: Layout, size: int) -> M
 def _touched_values(model: Any, tokens: int) -> int:
     """Values in the tables' gradient: at most one row a position, n-gram length and hash function."""
     tables = len(model.ngram.sizes) * model.ngram.hash_functions
-    return min(tokens, model.ngram.rows) * tables * model.d_model
+    return min(tokens, model.ngram.rows) * tables * model.table_width
