@@ -1,4 +1,4 @@
-"""`weft convert`: Hugging Face folders to runs, and runs to Hugging Face folders."""
+"""`weft convert`: Hugging Face folders and DeepSpeed checkpoints to runs, and runs to those."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from ..models.errors import ConfigError
-from .options import load_run, overrides_argument, run_argument, run_folder
+from .options import load_recipe_or_run, load_run, overrides_argument, run_argument, run_folder
 
 __all__ = ["command"]
 
@@ -29,7 +29,7 @@ UNITS = {
 
 @click.group(epilog="Example: weft convert import ./OLMo-2-1124-7B runs/olmo2-7b")
 def command() -> None:
-    """To and from Hugging Face checkpoints (Olmo2, Llama, Blt; safetensors only)."""
+    """To and from Hugging Face (Olmo2, Llama, Blt; safetensors only) and DeepSpeed checkpoints."""
 
 
 @command.command(
@@ -123,6 +123,119 @@ def export(
         f"{folder}: {made.parameters:,} parameters of {made.checkpoint} as {dtype}, in {files}"
     )
     click.echo(f'next: AutoModelForCausalLM.from_pretrained("{folder}")')
+
+
+@command.command(
+    "import-deepspeed",
+    epilog="Example: weft convert import-deepspeed ./checkpoints runs/mine --model olmo2/1b data.sequence_length=2048",
+)
+@click.argument("folder", metavar="DEEPSPEED_DIR", type=click.Path(path_type=Path))
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@overrides_argument
+@click.option(
+    "--model",
+    required=True,
+    metavar="RECIPE|RUN|HF_DIR",
+    help="What it was saved with: a recipe, a run folder, or a folder with config.json.",
+)
+@click.option("--tag", help="Which checkpoint; the one that `latest` names if left out.")
+@click.option("--prefix", default="", help="What all parameters' names begin with there.")
+@click.option("--weights-only", is_flag=True, help="Leave the optimizer's moments.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier import.")
+def import_deepspeed_(
+    folder: Path,
+    run: Path,
+    overrides: tuple[str, ...],
+    model: str,
+    tag: str | None,
+    prefix: str,
+    weights_only: bool,
+    overwrite: bool,
+) -> None:
+    """Make the run folder RUN of DEEPSPEED_DIR, what save_checkpoint wrote under ZeRO 1, 2 or 3, or a universal one.
+
+    Weights and moments become the checkpoint of step 0. KEY=VALUE goes over the run's configuration.
+    """
+    tokenizer = None
+    if (Path(model) / "config.json").is_file():
+        from ..trainer.convert import config_of_folder
+
+        config, tokenizer = config_of_folder(Path(model), run, overrides)
+    else:
+        config = load_recipe_or_run(model, overrides).config
+    from ..trainer.convert_deepspeed import import_deepspeed
+
+    with _progress("reading") as progress:
+        made = import_deepspeed(
+            folder,
+            run,
+            config,
+            tag=tag,
+            prefix=prefix,
+            weights_only=weights_only,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    moments = "no moments" if made.updates is None else f"moments after {made.updates} updates"
+    click.echo(
+        f"{run}: {made.parameters:,} parameters and {moments} in checkpoints/step_00000000, from {made.layout}"
+    )
+    parts = "" if made.updates is None else " checkpoint.start_from_parts=weights_and_optimizer"
+    click.echo(f"next: weft eval {run}")
+    click.echo(
+        f"      weft train {run}/config.yaml checkpoint.start_from={run}{parts} run.dir=NEW_RUN"
+    )
+
+
+@command.command(
+    "export-deepspeed",
+    epilog="Example: weft convert export-deepspeed runs/mine ./universal --names hf",
+)
+@run_argument
+@click.argument("folder", metavar="DEEPSPEED_DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--step", type=click.IntRange(min=0), help="Checkpoint to export; the newest if left out."
+)
+@click.option(
+    "--names",
+    type=click.Choice(["weft", "hf"]),
+    default="weft",
+    show_default=True,
+    help="Whose parameter names: this model's, or Olmo2ForCausalLM's and LlamaForCausalLM's.",
+)
+@click.option(
+    "--step-counter",
+    type=click.Choice(["tensor", "int"]),
+    default="tensor",
+    show_default=True,
+    help="tensor for torch's AdamW; int for DeepSpeed's FusedAdam and DeepSpeedCPUAdam.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
+def export_deepspeed_(
+    run: str, folder: Path, step: int | None, names: str, step_counter: str, overwrite: bool
+) -> None:
+    """Write a checkpoint of RUN in DeepSpeed's universal layout, weights and moments, for any ZeRO stage and number of ranks."""
+    config = load_run(run).config
+    from ..trainer.convert_deepspeed import export_deepspeed
+
+    with _progress("writing") as progress:
+        made = export_deepspeed(
+            config,
+            run_folder(run),
+            folder,
+            step=step,
+            names=names,
+            step_counter=step_counter,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    moments = "moments of zero" if made.updates is None else f"moments after {made.updates} updates"
+    click.echo(
+        f"{folder}/{made.tag}: {made.parameters:,} parameters of {made.checkpoint} and {moments}"
+    )
+    click.echo('next: in the JSON "checkpoint": {"load_universal": true}, then')
+    click.echo(f'      engine.load_checkpoint("{folder}")')
 
 
 @contextmanager

@@ -8,6 +8,7 @@ frozen network that comes with a model (the entropy model of a BLT) is a run of 
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,16 @@ from .hugging_face_folder import (
     write_shards,
 )
 
-__all__ = ["Exported", "Imported", "export_run", "import_folder"]
+__all__ = [
+    "Exported",
+    "Imported",
+    "check_space",
+    "choose_checkpoint",
+    "config_of_folder",
+    "export_run",
+    "import_folder",
+    "refuse_trained",
+]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PREFIX = "parameters/model/"
@@ -141,8 +151,7 @@ def import_folder(
     theirs = read_json(source / "config.json")
     layout = layout_for(theirs)
     model = layout.from_hugging_face_config(theirs)
-    if overwrite and (run / "metrics.jsonl").exists():
-        raise ConfigError(f"{run} holds a run that has trained; choose another folder")
+    refuse_trained(run, overwrite=overwrite)
     companions = dict(layout.companions(model))
     places = {name: str((run / name).absolute()) for name in companions}
     model = layout.with_companions(model, places)
@@ -156,7 +165,7 @@ def import_folder(
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run)})})
         weights = _match(stored, layout, config.model)
         parameters = sum(_numel(tensor.shape) for tensor in weights.values())
-        _check_space(run, 4 * parameters)
+        check_space(run, 4 * parameters)
         write_text(staging / "config.yaml", dump_config(config))
         if found is not None:
             copy_tokenizer(_tokenizer_folder(found), staging / "tokenizer")
@@ -174,6 +183,32 @@ def import_folder(
 
 def _to_ours(layout: HuggingFaceLayout, model: Section, name: str, tensor: Tensor) -> Tensor:
     return layout.arrange(name, tensor, model, to_theirs=False)
+
+
+def config_of_folder(
+    source: Path, run: Path, overrides: Sequence[str], tokenizer: Path | None = None
+) -> tuple[TrainingConfig, Path | None]:
+    """The configuration of a run made of a Hugging Face folder, and the folder of its tokenizer.
+
+    Raises:
+        ConfigError: the model cannot be represented, or there is no tokenizer for its vocabulary.
+    """
+    theirs = read_json(source / "config.json")
+    layout = layout_for(theirs)
+    model = layout.from_hugging_face_config(theirs)
+    given = None if layout.READS_BYTES else tokenizer or find_tokenizer(source)
+    positions = layout.longest_positions(theirs)
+    with tempfile.TemporaryDirectory() as drafts:
+        draft = _draft_config(model, positions, run, given, overrides)
+        write_text(Path(drafts) / "config.yaml", dump_yaml(draft))
+        config = load_run_config(Path(drafts), overrides).config
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run)})}), given
+
+
+def refuse_trained(run: Path, *, overwrite: bool) -> None:
+    """Raise ConfigError where `overwrite` would replace more than an import."""
+    if overwrite and (run / "metrics.jsonl").exists():
+        raise ConfigError(f"{run} holds a run that has trained; choose another folder")
 
 
 def _draft_config(
@@ -276,7 +311,7 @@ def export_run(
     model = config.model
     layout = layout_of(model)
     layout.check_exportable(model)
-    checkpoint = _choose_checkpoint(run, step)
+    checkpoint = choose_checkpoint(run, step)
     places = {"": checkpoint, **_companion_checkpoints(layout, model)}
     tokens, ids = _tokenizer_of(config, tokenizer)
     imported = read_manifest(checkpoint).state.get("imported") or {}
@@ -299,7 +334,7 @@ def export_run(
 
     parameters = sum(_numel(shape) for shape in shapes.values())
     with staged_folder(target, overwrite=overwrite, marker="config.json") as staging:
-        _check_space(target, parameters * DTYPES[dtype].itemsize)
+        check_space(target, parameters * DTYPES[dtype].itemsize)
         files = write_shards(
             staging,
             {theirs: shapes[ours] for theirs, ours in names.items()},
@@ -332,7 +367,7 @@ def _companion_checkpoints(layout: HuggingFaceLayout, model: Section) -> dict[st
     return found
 
 
-def _choose_checkpoint(run: Path, step: int | None) -> Path:
+def choose_checkpoint(run: Path, step: int | None) -> Path:
     if step is None:
         found = find_checkpoint(run)
         if found is None:
@@ -372,7 +407,8 @@ def _generation_settings(ids: Mapping[str, int | None]) -> dict[str, Any]:
     return {"_from_model_config": True, **known}
 
 
-def _check_space(target: Path, needed: int) -> None:
+def check_space(target: Path, needed: int) -> None:
+    """Raise CheckpointError where `needed` bytes do not fit on the disk of `target`."""
     free = free_bytes(target.absolute())
     if needed > free:
         raise CheckpointError(
