@@ -29,6 +29,7 @@ from .convert import check_space, choose_checkpoint, refuse_trained
 from .deepspeed_folder import MOMENTS, DeepSpeedCheckpoint, open_deepspeed
 from .files import sync_directory, sync_file, write_text
 from .hugging_face_folder import copy_tokenizer, staged_folder
+from .optimization.schedule import learning_rate
 
 __all__ = ["ExportedUniversal", "ImportedDeepSpeed", "export_deepspeed", "import_deepspeed"]
 
@@ -144,7 +145,10 @@ def import_deepspeed(
             "imported": {"folder": source.name, "layout": checkpoint.layout},
         }
         if counts:
-            state["imported"]["global_steps"] = checkpoint.global_steps
+            state["imported"] |= {
+                "global_steps": checkpoint.global_steps,
+                "learning_rate": checkpoint.learning_rate(),
+            }
             state["engine"] = {"updates": counts}
         write_checkpoint(staging / "checkpoints" / "step_00000000", tensors, state)
     parameters = sum(_numel(shape) for shape in model.shapes.values())
@@ -329,7 +333,8 @@ def export_deepspeed(
             if name in trained:
                 _save(folder / "step.pt", counter)
             sync_directory(folder)
-        _write_common(staging / tag, len(model.shapes), counter, steps)
+        rate = _next_rate(config, manifest)
+        _write_common(staging / tag, len(model.shapes), counter, steps, rate)
         write_text(staging / "latest_universal", tag)
     return ExportedUniversal(target, tag, checkpoint, parameters, updates)
 
@@ -380,10 +385,25 @@ def _stored(
     return tensor
 
 
-def _write_common(folder: Path, parameters: int, counter: Tensor | int, steps: int) -> None:
-    """What DeepSpeed wants beside the tensors: counters, and no settings, so that the reader's own stay."""
+def _next_rate(config: TrainingConfig, manifest: Manifest) -> float | None:
+    """Of the update that comes next; None where there is no run behind the checkpoint, or it is at its end."""
+    if "imported" in manifest.state:
+        return manifest.state["imported"].get("learning_rate")
+    length, steps = config.train.batch_tokens, config.train.steps
+    return (
+        learning_rate(config.schedule, config.optimizer.lr, manifest.step + 1, length, steps)
+        or None
+    )
+
+
+def _write_common(
+    folder: Path, parameters: int, counter: Tensor | int, steps: int, rate: float | None
+) -> None:
+    """What DeepSpeed wants beside the tensors: counters, and no settings but the rate, so that the reader's own stay."""
+    # DeepSpeed's schedulers set the rate after an update, so the next one's is the checkpoint's.
+    settings = {} if rate is None else {"lr": rate}
     # Stages 1 and 2 load as many groups as are listed here, and no run has more groups than parameters.
-    groups: list[dict[str, Any]] = [{"params": []} for _ in range(parameters)]
+    groups: list[dict[str, Any]] = [{"params": [], **settings} for _ in range(parameters)]
     inner = {"state": {0: {"step": counter}}, "param_groups": groups[:1]}
     state = {"optimizer_state_dict": inner, "param_groups": groups, "ds_version": "0.19.8"}
     _save(folder / "zero" / "optimizer_state.pt", state)

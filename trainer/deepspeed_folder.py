@@ -12,6 +12,7 @@ Source of the layouts: deepspeed/checkpoint/ds_to_universal.py and deepspeed/uti
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import re
@@ -119,6 +120,10 @@ class DeepSpeedCheckpoint(ABC):
     @abstractmethod
     def updates(self, name: str) -> int:
         """How often the optimizer has updated a trained parameter."""
+
+    @abstractmethod
+    def learning_rate(self) -> float | None:
+        """Of the update that would have come next, in the first group; None where it does not say."""
 
 
 def open_deepspeed(folder: Path, tag: str | None = None) -> DeepSpeedCheckpoint:
@@ -320,9 +325,15 @@ class _Partitioned(DeepSpeedCheckpoint):
         states = base.get("state", {}) if isinstance(base, dict) else dict(enumerate(base or ()))
         return states.get(group, {})
 
+    def _settings(self) -> list[dict[str, Any]]:
+        base = self._base(0)
+        return base.get("param_groups", []) if isinstance(base, dict) else []
+
+    def learning_rate(self) -> float | None:
+        return _rate(self._settings())
+
     def updates(self, name: str) -> int:
-        group, base = self._group_of[name], self._base(0)
-        settings = base.get("param_groups", []) if isinstance(base, dict) else []
+        group, settings = self._group_of[name], self._settings()
         places = (
             self._state(0, group),
             settings[group] if self._stage != 3 and group < len(settings) else {},
@@ -330,6 +341,11 @@ class _Partitioned(DeepSpeedCheckpoint):
         counts = [int(place["step"]) for place in places if "step" in place]
         counts += [int(self._ranks[0].get("base_optimizer_state_step", self.global_steps))]
         return counts[0]
+
+
+def _rate(settings: Sequence[Mapping[str, Any]]) -> float | None:
+    rate = settings[0].get("lr") if settings else None
+    return None if rate is None else float(rate)
 
 
 def _cut_mapped(rank: int, state: Mapping[str, Any]) -> Iterator[tuple[str, _Piece]]:
@@ -367,7 +383,6 @@ class _Universal(DeepSpeedCheckpoint):
         models = sorted(folder.glob("*_model_states.pt"), key=_rank_of)
         steps = read_pickled(models[0]).get("global_steps") if models else 0
         self.global_steps = int(steps or 0)
-        self._common: int | None = None
 
     def _tensor(self, kind: str, name: str) -> Tensor:
         """Stages 1 and 2 are converted into dictionaries, stage 3 into bare flat tensors."""
@@ -391,12 +406,17 @@ class _Universal(DeepSpeedCheckpoint):
         file = self.folder / "zero" / name / "step.pt"
         return int(read_pickled(file)) if file.is_file() else self._common_updates()
 
+    def learning_rate(self) -> float | None:
+        return _rate(self._shared.get("param_groups", ()))
+
+    @functools.cached_property
+    def _shared(self) -> dict[str, Any]:
+        """What belongs to no parameter."""
+        state = read_pickled(self.folder / "zero" / "optimizer_state.pt")
+        return state if isinstance(state, dict) else {}
+
     def _common_updates(self) -> int:
         """Of a checkpoint that has one count for all."""
-        if self._common is None:
-            state = read_pickled(self.folder / "zero" / "optimizer_state.pt")
-            states = state.get("optimizer_state_dict", {}).get("state", {})
-            counts = [int(s["step"]) for s in states.values() if "step" in s]
-            counts.append(int(state.get("base_optimizer_state_step", self.global_steps)))
-            self._common = counts[0]
-        return self._common
+        states = self._shared.get("optimizer_state_dict", {}).get("state", {})
+        counts = [int(state["step"]) for state in states.values() if "step" in state]
+        return (*counts, int(self._shared.get("base_optimizer_state_step", self.global_steps)))[0]

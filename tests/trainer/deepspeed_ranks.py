@@ -145,6 +145,10 @@ def load_universal(topology: Topology, folder: str, output: str) -> dict[str, li
         found[str(stage)] = [engine.global_steps, engine.lr_scheduler.last_batch_iteration]
         decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
         assert decays == [0.1, 0.0]
+        if stage == 3:
+            # DeepSpeed 0.19.8 gives one counter to all groups, which torch's AdamW then counts up once for each.
+            for state in engine.optimizer.optimizer.state.values():
+                state["step"] = state["step"].clone()
         train(engine, STEPS, 1)
         _keep(topology, Path(output) / f"later {stage}.safetensors", state_of(engine))
     return found
