@@ -36,7 +36,7 @@ CHAPTERS = {
         "doctor": ("doctor", "what is wrong with this machine, or with a job's nodes"),
         "plan": ("plan", "parameters, FLOPs, memory and time of a recipe"),
         "data": ("data", "prepare datasets, look at what training will see"),
-        "convert": ("convert", "to and from Hugging Face checkpoints"),
+        "convert": ("convert", "to and from Hugging Face and DeepSpeed checkpoints"),
     },
     "On a cluster": {
         "submit": ("submit", "a recipe or a run as a job that survives its cluster"),

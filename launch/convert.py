@@ -152,8 +152,9 @@ def import_deepspeed_(
     weights_only: bool,
     overwrite: bool,
 ) -> None:
-    """Make the run folder RUN of DEEPSPEED_DIR, what save_checkpoint wrote under ZeRO 1, 2 or 3, or a universal one.
+    """Make the run folder RUN of a DeepSpeed checkpoint, with its moments.
 
+    DEEPSPEED_DIR is what save_checkpoint wrote under ZeRO 1, 2 or 3, or what ds_to_universal made of it.
     Weights and moments become the checkpoint of step 0. KEY=VALUE goes over the run's configuration.
     """
     tokenizer = None
@@ -215,9 +216,12 @@ def import_deepspeed_(
 def export_deepspeed_(
     run: str, folder: Path, step: int | None, names: str, step_counter: str, overwrite: bool
 ) -> None:
-    """Write a checkpoint of RUN in DeepSpeed's universal layout, weights and moments, for any ZeRO stage and number of ranks."""
+    """Write a checkpoint of RUN as DeepSpeed's universal layout.
+
+    It holds weights and moments, for load_universal of any ZeRO stage and number of ranks.
+    """
     config = load_run(run).config
-    from ..trainer.convert_deepspeed import export_deepspeed
+    from ..trainer.deepspeed_universal import export_deepspeed
 
     with _progress("writing") as progress:
         made = export_deepspeed(

@@ -352,7 +352,7 @@ def _cut_mapped(rank: int, state: Mapping[str, Any]) -> Iterator[tuple[str, _Pie
     """Stages 1 and 2, whose partitions cut anywhere, say where each parameter's part is."""
     if "param_slice_mappings" not in state:
         raise ConfigError(
-            "the checkpoint has no param_slice_mappings: its DeepSpeed is older than 0.7; load it with a newer one and save it again"
+            "the checkpoint has no param_slice_mappings: its DeepSpeed is too old; load it with a newer one and save it again"
         )
     for group, parts in enumerate(state["param_slice_mappings"]):
         for name, part in parts.items():

@@ -22,8 +22,9 @@ from weft.trainer.checkpoint.reading import read_manifest, read_tensor
 from weft.trainer.checkpoint.writing import write_checkpoint
 from weft.trainer.configuration.load import load_config
 from weft.trainer.configuration.schema import TrainingConfig
-from weft.trainer.convert_deepspeed import export_deepspeed, import_deepspeed
+from weft.trainer.convert_deepspeed import import_deepspeed
 from weft.trainer.deepspeed_folder import open_deepspeed, read_pickled
+from weft.trainer.deepspeed_universal import export_deepspeed
 from weft.trainer.optimization.schedule import learning_rate
 
 needs_deepspeed = pytest.mark.skipif(
