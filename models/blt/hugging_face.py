@@ -157,7 +157,9 @@ def to_hugging_face_name(name: str, config: Config) -> str:
     """
     if name in _OUTSIDE:
         return _OUTSIDE[name]
-    found = re.fullmatch(r"(encoder\.|latent\.|decoder\.|entropy/)(blocks|cross)\.(\d+)\.(.+)", name)
+    found = re.fullmatch(
+        r"(encoder\.|latent\.|decoder\.|entropy/)(blocks|cross)\.(\d+)\.(.+)", name
+    )
     if found:
         stack, kind, layer, inner = found.groups()
         table, folder = (_BLOCK, "layers") if kind == "blocks" else (_CROSS, "cross_attn_layers")
@@ -226,7 +228,12 @@ def check_exportable(config: Config) -> str:
 
 def _limits(config: Config) -> Iterator[tuple[str, Any, Any]]:
     """(key, value, the one that their class has)."""
-    encoder, latent, decoder, patching = config.encoder, config.latent, config.decoder, config.patching
+    encoder, latent, decoder, patching = (
+        config.encoder,
+        config.latent,
+        config.decoder,
+        config.patching,
+    )
     yield "patching.scheme", patching.scheme, "entropy"
     yield "patching.forced_starts", patching.forced_starts, 2
     yield "patching.newline_reset", patching.newline_reset, "off"
@@ -351,7 +358,9 @@ def from_hugging_face_config(theirs: Mapping[str, Any]) -> Config:
         ("vocab_size", 260),
     ):
         if top[key] != wanted:
-            raise ConfigError(f"config.json has {key}={top[key]!r}; only {wanted!r} can be imported")
+            raise ConfigError(
+                f"config.json has {key}={top[key]!r}; only {wanted!r} can be imported"
+            )
     encoder, latent, decoder = (
         settings[f"{name}_config"] for name in ("encoder", "global", "decoder")
     )

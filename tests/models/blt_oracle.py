@@ -75,7 +75,9 @@ def encode(
     part, k = config.encoder, config.patch_vectors
     states, vectors = embedded, None
     for layer in range(part.n_layers):
-        states = run_block(states, weights, f"encoder.blocks.{layer}", part.n_heads, config.window, config)
+        states = run_block(
+            states, weights, f"encoder.blocks.{layer}", part.n_heads, config.window, config
+        )
         crosses = {"none": False, "last": layer == part.n_layers - 1, "all": True}
         if not crosses[part.cross_attention]:
             continue
@@ -86,7 +88,14 @@ def encode(
         for patch, members in enumerate(patches):
             memory = [states[t] for t in members]
             vectors[patch] = [
-                cross(q, memory, weights, f"encoder.cross.{number}", part.cross_heads or part.n_heads, config)
+                cross(
+                    q,
+                    memory,
+                    weights,
+                    f"encoder.cross.{number}",
+                    part.cross_heads or part.n_heads,
+                    config,
+                )
                 for q in vectors[patch]
             ]
     if vectors is None:
@@ -101,7 +110,9 @@ def first_queries(
     if config.encoder.queries == "learned":
         return [list(weights["encoder.queries"]) for _ in patches]
     projection = weights["encoder.query_proj.weight"]
-    return [list((projection @ pool(config, source, p)).chunk(config.patch_vectors)) for p in patches]
+    return [
+        list((projection @ pool(config, source, p)).chunk(config.patch_vectors)) for p in patches
+    ]
 
 
 def pool(config: Config, source: Vectors, members: list[int]) -> Tensor:
@@ -132,7 +143,9 @@ def decode(
                 cross(s, pieces[r], weights, f"decoder.cross.{layer}", heads, config)
                 for s, r in zip(states, reads, strict=True)
             ]
-        states = run_block(states, weights, f"decoder.blocks.{layer}", part.n_heads, config.window, config)
+        states = run_block(
+            states, weights, f"decoder.blocks.{layer}", part.n_heads, config.window, config
+        )
     return [norm(s, weights["decoder.norm.weight"], config.norm_eps) for s in states]
 
 
@@ -149,7 +162,12 @@ def cross(
 
 
 def run_blocks(
-    states: Vectors, weights: Mapping[str, Tensor], stack: str, heads: int, window: int | None, config: Config
+    states: Vectors,
+    weights: Mapping[str, Tensor],
+    stack: str,
+    heads: int,
+    window: int | None,
+    config: Config,
 ) -> Vectors:
     layer = 0
     while f"{stack}.blocks.{layer}.attention.q_proj.weight" in weights:
@@ -159,14 +177,23 @@ def run_blocks(
 
 
 def run_block(
-    states: Vectors, weights: Mapping[str, Tensor], name: str, heads: int, window: int | None, config: Config
+    states: Vectors,
+    weights: Mapping[str, Tensor],
+    name: str,
+    heads: int,
+    window: int | None,
+    config: Config,
 ) -> Vectors:
     """Pre-norm self-attention and SwiGLU; a byte sees itself and window - 1 before it."""
     eps, w = config.norm_eps, {k.removeprefix(f"{name}."): v for k, v in weights.items()}
     normed = [norm(s, w["attention_norm.weight"], eps) for s in states]
     groups = heads * w["attention.k_proj.weight"].shape[0] // w["attention.q_proj.weight"].shape[0]
-    queries = [rotate(w["attention.q_proj.weight"] @ x, i, heads, config) for i, x in enumerate(normed)]
-    keys = [rotate(w["attention.k_proj.weight"] @ x, i, groups, config) for i, x in enumerate(normed)]
+    queries = [
+        rotate(w["attention.q_proj.weight"] @ x, i, heads, config) for i, x in enumerate(normed)
+    ]
+    keys = [
+        rotate(w["attention.k_proj.weight"] @ x, i, groups, config) for i, x in enumerate(normed)
+    ]
     values = [w["attention.v_proj.weight"] @ x for x in normed]
     after = []
     for i, state in enumerate(states):
@@ -201,7 +228,8 @@ def rotate(x: Tensor, position: int, heads: int, config: Config) -> Tensor:
         pairs = torch.complex(first, second)
         count = len(pairs)
         angles = torch.tensor(
-            [position * config.rope_theta ** (-i / count) for i in range(count)], dtype=torch.float64
+            [position * config.rope_theta ** (-i / count) for i in range(count)],
+            dtype=torch.float64,
         )
         turned = pairs * torch.polar(torch.ones_like(angles), angles)
         parts.append(torch.cat((turned.real, turned.imag)))

@@ -127,7 +127,10 @@ def test_logits_are_transformers_own(choice: str) -> None:
         threshold = entropies.quantile(0.61).item()
         theirs.model.config.patching_threshold = threshold
         _, lengths, _ = theirs.model.patcher(
-            more[None], patch_size=4, threshold=threshold, max_patch_length=config.patching.max_length
+            more[None],
+            patch_size=4,
+            threshold=threshold,
+            max_patch_length=config.patching.max_length,
         )
         patching = config.patching.model_copy(update={"threshold": threshold})
         expected = theirs(more[None], use_cache=False).logits[0, :60]
@@ -180,7 +183,8 @@ def test_released_checkpoints_names_and_shapes(name: str) -> None:
     config = layout_for(said).from_hugging_face_config(said)
     found = {k: tuple(v.shape) for k, v in theirs.named_parameters()}
     ours = {
-        layout.to_hugging_face_name(k, config): v for k, v in layout.parameter_shapes(config).items()
+        layout.to_hugging_face_name(k, config): v
+        for k, v in layout.parameter_shapes(config).items()
     }
     assert ours == found
     with torch.device("meta"):
@@ -198,7 +202,10 @@ def test_released_checkpoints_names_and_shapes(name: str) -> None:
     [
         ({"formulation": "paper"}, "model.double_residual is False; Hugging Face's Blt has True"),
         ({"ngram": None}, "model.ngram is None"),
-        ({"encoder": {"n_layers": 2, "cross_attention": "all"}}, "model.encoder.cross_attention is 'all'"),
+        (
+            {"encoder": {"n_layers": 2, "cross_attention": "all"}},
+            "model.encoder.cross_attention is 'all'",
+        ),
         ({"decoder": {"cross_attention": "none"}}, "model.decoder.cross_attention is 'none'"),
         ({"patching": {"scheme": "space", "threshold": None}}, "model.patching.scheme is 'space'"),
         ({"patching": {"newline_reset": "after"}}, "model.patching.newline_reset is 'after'"),
@@ -217,8 +224,14 @@ def test_what_transformers_has_not_is_refused(changes: dict[str, Any], message: 
     ("changes", "message"),
     [
         ({"patching_mode": "space"}, "config.json has patching_mode='space'; only 'entropy'"),
-        ({"encoder_config": {"rms_norm_eps": 1e-6}}, "config.json has rms_norm_eps=1e-06 in encoder_config"),
-        ({"global_config": {"hidden_act": "gelu"}}, "config.json has hidden_act='gelu' in global_config"),
+        (
+            {"encoder_config": {"rms_norm_eps": 1e-6}},
+            "config.json has rms_norm_eps=1e-06 in encoder_config",
+        ),
+        (
+            {"global_config": {"hidden_act": "gelu"}},
+            "config.json has hidden_act='gelu' in global_config",
+        ),
         ({"encoder_config": {"num_key_value_heads": 4}}, "config.json has num_key_value_heads=4"),
         (
             {"global_config": {"rope_parameters": {"rope_type": "yarn"}}},

@@ -92,7 +92,9 @@ def starts_of(ids: list[int], config: Config) -> list[bool]:
         else:
             opens = ids[t - 1] < 4 or (is_space(ids[t - 1]) and not is_space(ids[t - 2]))
         rule_start = t if opens else rule_start
-        found.append(opens or bool(patching.max_length and (t - rule_start) % patching.max_length == 0))
+        found.append(
+            opens or bool(patching.max_length and (t - rule_start) % patching.max_length == 0)
+        )
     return found
 
 
@@ -185,7 +187,7 @@ def test_room_for_more_patches_changes_nothing(room: int) -> None:
     network = make_network(config)
     batch = batch_of(text(sum(LENGTHS)))
     exact = patches_of(batch, config, 12)
-    assert int(exact.count) == 12 and int(exact.overflow) == 0
+    assert (int(exact.count), int(exact.overflow)) == (12, 0)
     expected = network(batch, exact)["cross_entropy"]
     found = network(batch, patches_of(batch, config, room))["cross_entropy"]
     torch.testing.assert_close(found, expected)
