@@ -285,7 +285,8 @@ def to_hugging_face_config(
     """
     check_exportable(config)
     ngram, patching = config.ngram, config.patching
-    assert ngram is not None and patching.entropy is not None
+    assert ngram is not None
+    assert patching.entropy is not None
     shared = {"cross_attn_k": config.patch_vectors, "hidden_size_global": config.latent.d_model}
     encoder, decoder = (
         {

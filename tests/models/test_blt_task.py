@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_blt_network import batch_of, make_config, text
-from weft.launch.options import RECIPES, load_recipe
+from weft.launch.options import load_recipe
 from weft.models.blt.config import Config
 from weft.models.blt.flops import transformer_flops
 from weft.models.blt.memory import activation_bytes, block_parameters
