@@ -152,7 +152,11 @@ def test_what_to_try_next_can_be_typed(
             assert command is not None
             result = CliRunner().invoke(command, [*arguments[1:], "--print-config"])
             assert result.exit_code == 0, f"{line}: {result.output}"
-    for wrong in (["tran"], ["plan", "olmo2/7b", "--gups", "64"], ["debug", "seam", "x", "--stepz", "2"]):
+    for wrong in (
+        ["tran"],
+        ["plan", "olmo2/7b", "--gups", "64"],
+        ["debug", "seam", "x", "--stepz", "2"],
+    ):
         with pytest.raises(click.UsageError):
             parse(wrong)
 

@@ -152,6 +152,17 @@ def test_latent_starts_as_a_transformers_blocks(tmp_path: Path) -> None:
     assert 0 < moved <= 2 * 1.1e-5
 
 
+def test_latent_from_a_hugging_face_folder_says_to_import_it(tmp_path: Path) -> None:
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text("{}")
+    latent = {**TINY["latent"], "start_from": str(tmp_path / "llama")}
+    recipe = write_recipe(tmp_path, model={**TINY, "latent": latent})
+    with pytest.raises(
+        CheckpointError, match=r"start_from: .*; import it first: weft convert import"
+    ):
+        train(load_config(str(recipe), [], RECIPES).config)
+
+
 def test_learns_more_than_how_often_bytes_are(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, model=TINY, train__steps=60, checkpoint__every=60)
     config = load_config(str(recipe), ["optimizer.lr=2e-2"], RECIPES).config
