@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,8 +98,11 @@ def test_debug_size_keeps_the_parts(name: str) -> None:
     small = config.debug_size()
     assert sum(small.count_parameters().values()) < 4e6
     assert small.cross_layers == tuple(min(2, n) for n in config.cross_layers)
-    for key in ("patching", "formulation", "patch_vectors", "window"):
+    for key in ("formulation", "patch_vectors", "window"):
         assert getattr(small, key) == getattr(config, key)
+    # No entropy model is there, and no Llama to start from.
+    assert small.patching.scheme == ("space" if name == "debug" else "stride")
+    assert small.latent.start_from is None
     assert part_names(small) == part_names(config)
 
 
@@ -118,8 +122,27 @@ def test_shapes_and_counts_are_the_networks() -> None:
         assert total == sum(config.count_parameters().values())
 
 
-def test_groups_start_values_and_units() -> None:
-    config = recipe("8b-from-llama").debug_size()
+def test_debug_size_keeps_an_entropy_model_that_is_there(tmp_path: Path) -> None:
+    assert with_entropy(tmp_path).debug_size().patching == with_entropy(tmp_path).patching
+
+
+def with_entropy(run: Path, name: str = "1b") -> Config:
+    """A recipe whose entropy model is taken to be at `run`."""
+    config = recipe(name)
+    patching = config.patching.model_copy(update={"entropy_model": str(run)})
+    return config.model_copy(update={"patching": patching})
+
+
+def small_byteified(run: Path) -> Config:
+    """The smallest `8b-from-llama`, with an entropy model at `run`."""
+    config = with_entropy(run, "8b-from-llama")
+    small = config.debug_size()
+    latent = small.latent.model_copy(update={"start_from": config.latent.start_from})
+    return small.model_copy(update={"latent": latent})
+
+
+def test_groups_start_values_and_units(tmp_path: Path) -> None:
+    config = small_byteified(tmp_path)
     task = build_task(config)
     assert isinstance(task, BLTTask)
     with torch.device("meta"):
@@ -148,13 +171,13 @@ def test_groups_start_values_and_units() -> None:
     assert task.init_spec("model/embedding.ngrams.weight").std == config.encoder.d_model**-0.5
 
 
-def test_base_weights_are_the_entropy_models_and_llamas() -> None:
-    config = recipe("8b-from-llama").debug_size()
+def test_base_weights_are_the_entropy_models_and_llamas(tmp_path: Path) -> None:
+    config = small_byteified(tmp_path)
     task = build_task(config)
     with torch.device("meta"):
         networks = task.build_networks()
     entropy, latent = task.base_weights(networks)
-    assert (entropy.source, entropy.stays_there) == ("runs/blt-entropy-100m", True)
+    assert (entropy.source, entropy.stays_there) == (str(tmp_path), True)
     assert entropy.parameters["entropy/norm.weight"] == "model/norm.weight"
     assert (latent.source, latent.stays_there) == ("runs/llama31-8b", False)
     assert latent.parameters["model/latent.blocks.1.mlp.up_proj.weight"] == (
