@@ -75,7 +75,9 @@ def _load(base: BaseWeights, engine: Engine, checkpoints: CheckpointManager) -> 
     path = find_checkpoint(Path(base.source)) if topology.is_main else None
     name = topology.broadcast_json(str(path) if path else None)
     if name is None:
-        raise CheckpointError(f"{base.key}: {base.source} holds no complete checkpoint")
+        is_foreign = (Path(base.source) / "config.json").is_file()
+        hint = f"; import it first: weft convert import {base.source} RUN" if is_foreign else ""
+        raise CheckpointError(f"{base.key}: {base.source} holds no complete checkpoint{hint}")
     shards = {shard.name: shard for shard in (*engine.state_shards(), *engine.base_shards())}
     theirs = [
         replace(shards[f"parameters/{ours}"], name=f"parameters/{source}")

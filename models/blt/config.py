@@ -8,6 +8,7 @@ patch; s mean bytes a patch.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -358,10 +359,15 @@ class Config(Section):
     def debug_size(self) -> Config:
         """The smallest model that still runs every part of this one, for `weft debug RECIPE`.
 
-        At most 2 blocks a stack, at most 64 wide with heads of 16, tables of 4096 rows. Patching, cross-attention, k, norms and
-        the formulation are kept.
+        At most 2 blocks a stack, at most 64 wide with heads of 16, tables of 4096 rows. Cross-attention, k, norms and the
+        formulation are kept, and so are patching and its entropy model where that exists; without it a stride of about
+        the same patch size stands in. No transformer has to be there to start from.
         """
         small = self.model_dump()
+        small["latent"]["start_from"] = None
+        patching = self.patching
+        if patching.needs_entropy and not Path(patching.entropy_model or "").exists():
+            small["patching"] = {"scheme": "stride", "stride": max(1, round(self.patch_size))}
         for name in ("encoder", "latent", "decoder"):
             stack = self.stack(name).model_copy(update={"ngram": None}).debug_size()
             keys = ["n_layers", "d_model", "n_heads", "d_ff"]

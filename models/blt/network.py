@@ -105,7 +105,7 @@ class LocalEncoder(nn.Module):
             self.query_proj = nn.Linear(config.pooled_width, self.k * width, bias=False)
 
     def forward(self, x: Tensor, batch: PackedBatch, layout: PackedLayout, patches: Patches) -> Any:
-        rotary = make_rotary(batch.position_ids, self.stack, self.blocks[0].mlp_norm.weight)
+        rotary = make_rotary(batch.position_ids, self.stack, x.dtype)
         first_cross = len(self.blocks) - len(self.cross)
         embedded, vectors = x, None
         for place, block in enumerate(self.blocks):
@@ -120,7 +120,7 @@ class LocalEncoder(nn.Module):
             return x, self.pool(x, patches)
         return x, vectors.view(-1, self.k * x.shape[-1])
 
-    def first_queries(self, x: Tensor, patches: Tensor) -> Tensor:
+    def first_queries(self, x: Tensor, patches: Patches) -> Tensor:
         """(P * k, h_E) what the patches ask with at the first cross-attention."""
         if self.config.queries == "learned":
             return self.queries.to(x.dtype).repeat(patches.starts.shape[0], 1)
@@ -152,7 +152,7 @@ class LatentTransformer(nn.Module):
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
         if self.input_proj is not None:
             x = self.input_proj(x)
-        rotary = make_rotary(layout.position_ids, self.stack, self.blocks[0].mlp_norm.weight)
+        rotary = make_rotary(layout.position_ids, self.stack, x.dtype)
         for block in self.blocks:
             x = block(x, rotary, layout)
         return x
@@ -194,7 +194,7 @@ class LocalDecoder(nn.Module):
         vectors = self.latent_proj(latents).view(-1, x.shape[-1])
         if not self.cross:
             x = x + self.read_one(vectors, decoder_ids)
-        rotary = make_rotary(batch.position_ids, self.stack, self.norm.weight)
+        rotary = make_rotary(batch.position_ids, self.stack, x.dtype)
         for place, block in enumerate(self.blocks):
             if place < len(self.cross):
                 x = self.cross[place](x, vectors, decoder_ids, self.k)
@@ -265,12 +265,15 @@ class BLT(nn.Module):
             raise ConfigError(f"model.attention={self.config.attention}: {problem}")
 
 
-def make_rotary(positions: Tensor, stack: TransformerConfig, like: Tensor) -> RotaryTable:
-    """Angles of `positions` for the heads of a stack, in fp32, or in fp64 where its weights are."""
+def make_rotary(positions: Tensor, stack: TransformerConfig, dtype: torch.dtype) -> RotaryTable:
+    """Angles of `positions` for the heads of a stack; fp32 at least, whatever the states are."""
     stretch = stack.rope_scaling.model_dump() if stack.rope_scaling else {}
-    dtype = torch.promote_types(like.dtype, torch.float32)
     frequencies = rotary_frequencies(
-        stack.head_width, stack.rope_theta, device=positions.device, dtype=dtype, **stretch
+        stack.head_width,
+        stack.rope_theta,
+        device=positions.device,
+        dtype=torch.promote_types(dtype, torch.float32),
+        **stretch,
     )
     return rotary_table(positions, frequencies)
 

@@ -19,7 +19,9 @@ def test_value_and_gradient_equal_the_dense_form() -> None:
     assert gradient.is_sparse
     torch.testing.assert_close(gradient.to_dense(), expected)
     assert torch.equal(gradient.coalesce().indices()[0], ids.unique())
-    torch.testing.assert_close(_expanded_gradient(ids, seed, table.shape).to_dense(), expected)
+    torch.testing.assert_close(
+        _expanded_gradient(ids, seed, table.shape, False).to_dense(), expected
+    )
 
 
 def test_gradient_rows_come_sorted_and_once() -> None:
@@ -36,3 +38,18 @@ def test_gradients_accumulate() -> None:
     for ids in (first, second):
         lookup_sum(table, ids).sum().backward()
     assert table.grad.to_dense()[:, 0].tolist() == [0, 1, 2, 0, 0, 0, 0, 0, 1]
+
+
+def test_missing_rows_add_nothing() -> None:
+    table = torch.randn(9, 2, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[1, -1], [-1, -1], [4, 1], [0, -1]])
+    there = (ids >= 0)[..., None]
+    out, plain = lookup_sum(table, ids, has_missing=True), (table[ids] * there).sum(1)
+    torch.testing.assert_close(out, plain)
+    seed = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, table, seed)
+    (expected,) = torch.autograd.grad(plain, table, seed)
+    torch.testing.assert_close(gradient.to_dense(), expected)
+    assert gradient.coalesce().indices()[0].tolist() == [0, 1, 4]
+    expanded = _expanded_gradient(ids, seed, table.shape, True)
+    torch.testing.assert_close(expanded.to_dense(), expected)

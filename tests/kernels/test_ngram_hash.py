@@ -69,3 +69,18 @@ def test_known_history_continues_a_sequence(step: int) -> None:
         history = torch.cat((history, new), dim=1)[:, -4:]
     whole = [ngram_hash(packed_windows(row, torch.arange(10), 5), sizes, rows, 2) for row in ids]
     assert torch.equal(torch.cat(found, dim=1), torch.stack(whole))
+
+
+def test_newest_first_is_the_papers_order() -> None:
+    ids, rows = [7, 200, 104, 0, 259, 33, 90, 2, 61], 500_002
+    windows = packed_windows(torch.tensor(ids), torch.arange(len(ids)), 8, missing=-1)
+    found = ngram_hash(windows, (2, 8), rows, 2, oldest_first=False)
+    for end in range(len(ids)):
+        expected = []
+        for table, (prime, size) in enumerate(
+            (prime, size) for prime in HASH_PRIMES[:2] for size in (2, 8)
+        ):
+            newest_first = ids[max(0, end - size + 1) : end + 1][::-1]
+            value = oracle(newest_first, size - 1, 0, size, prime, rows) if end + 1 >= size else 0
+            expected.append(table * rows + value if end + 1 >= size else -1)
+        assert found[end].tolist() == expected

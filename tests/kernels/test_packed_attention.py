@@ -15,13 +15,15 @@ from weft.kernels.packed_attention import _attend_documents, attend_rows
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
-def make_layout(lengths: list[int], row_length: int) -> PackedLayout:
+def make_layout(lengths: list[int], row_length: int, window: int | None = None) -> PackedLayout:
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
     positions = torch.cat([torch.arange(n) for n in lengths])
-    return PackedLayout(borders, positions, max(lengths), row_length)
+    return PackedLayout(borders, positions, max(lengths), row_length, window)
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+def oracle(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None = None
+) -> Tensor:
     """Softmax written out, one document and one head at a time."""
     out, start, groups = torch.empty_like(q), 0, q.shape[1] // k.shape[1]
     for length in lengths:
@@ -29,6 +31,8 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
         for head in range(q.shape[1]):
             scores = q[part, head] @ k[part, head // groups].T / math.sqrt(q.shape[2])
             visible = torch.ones(length, length).tril() == 1
+            if window is not None:
+                visible &= torch.ones(length, length).triu(1 - window) == 1
             weights = torch.where(visible, scores.exp(), 0.0)
             out[part, head] = weights / weights.sum(1, keepdim=True) @ v[part, head // groups]
         start += length
@@ -167,3 +171,35 @@ def test_backends_on_a_gpu(backend: str, name: str) -> None:
     theirs = torch.autograd.grad(expected, rounded, seed)
     for got, wanted in zip(ours, theirs, strict=True):
         assert (got.double().cpu() - wanted).norm() < 2e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("window", [1, 5, 32, 200])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_window_equals_documents_alone(backend: str, window: int, name: str) -> None:
+    lengths, row_length = LAYOUTS[name]
+    q, k, v = random_heads(sum(lengths), needs_gradient=backend != "flex")
+    layout = make_layout(lengths, row_length, window)
+    found, expected = packed_attention(q, k, v, layout, backend), oracle(q, k, v, lengths, window)
+    torch.testing.assert_close(found, expected)
+    if backend == "sdpa":
+        seed = torch.randn_like(found)
+        for one, other in zip(
+            torch.autograd.grad(found, (q, k, v), seed),
+            torch.autograd.grad(expected, (q, k, v), seed),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other)
+
+
+def test_window_as_long_as_a_row_is_none() -> None:
+    assert make_layout([64], 64, 64).window is None
+    assert make_layout([64], 64, 63).window == 63
+
+
+def test_empty_documents_are_passed_over() -> None:
+    borders = torch.tensor([0, 0, 40, 40, 60, 60]).int()
+    positions = torch.cat([torch.arange(40), torch.arange(20)])
+    layout = PackedLayout(borders, positions, 40, 60, longest=40)
+    q, k, v = random_heads(60)
+    torch.testing.assert_close(packed_attention(q, k, v, layout), oracle(q, k, v, [40, 20]))

@@ -53,7 +53,14 @@ def test_loads_and_runs_on_some_world(name: str) -> None:
 
 def test_all_recipes_are_there() -> None:
     sizes = {"debug", "quickstart", "190m", "1b", "7b", "13b", "32b"}
-    assert set(NAMES) == {f"olmo2/{size}" for size in sizes} | {"llama3/debug", "llama3/8b"}
+    blt = {"debug", "400m", "1b", "2b", "4b", "8b", "8b-from-llama"}
+    blt |= {"entropy-debug", "entropy-100m", "bpe-470m", "bpe-3.6b"}
+    assert set(NAMES) == {
+        *(f"olmo2/{size}" for size in sizes),
+        *(f"blt/{name}" for name in blt),
+        "llama3/debug",
+        "llama3/8b",
+    }
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -91,7 +98,9 @@ def test_published_settings(name: str) -> None:
     assert (repeats.min_period, repeats.max_period, repeats.max_count) == (1, 13, 32)
 
 
-@pytest.mark.parametrize("name", ["olmo2/debug", "olmo2/quickstart", "llama3/debug"])
+@pytest.mark.parametrize(
+    "name", ["olmo2/debug", "olmo2/quickstart", "llama3/debug", "blt/debug", "blt/entropy-debug"]
+)
 def test_small_recipes_need_nothing_but_the_install(name: str) -> None:
     config = load(name)
     assert config.data.vocabulary == "bytes"
@@ -102,3 +111,19 @@ def test_quickstart_hashes_byte_ngrams() -> None:
     ngram = load("olmo2/quickstart").model.ngram
     assert ngram is not None
     assert (ngram.sizes, ngram.rows) == ((2, 3, 4, 5, 6, 7), 65_536)
+
+
+@pytest.mark.parametrize("name", ["400m", "1b", "2b", "4b", "8b", "8b-from-llama"])
+def test_blt_has_the_papers_settings(name: str) -> None:
+    config = load(f"blt/{name}")
+    optimizer, model = config.optimizer, config.model
+    assert (optimizer.lr, optimizer.betas, optimizer.eps) == (4e-4, (0.9, 0.95), 1e-8)
+    assert (optimizer.weight_decay, optimizer.clip_grad_norm) == (0.1, 1.0)
+    assert (config.schedule.warmup_steps, config.schedule.final_fraction) == (2000, 0.0)
+    assert config.train.batch_tokens == 2**24
+    assert (model.ngram.sizes, model.ngram.rows, model.window) == ((3, 4, 5, 6, 7, 8), 500_002, 512)
+    assert model.formulation == "parity"
+    assert sum(model.patching.entropy.count_parameters().values()) == 99_512_064
+    assert model.patching.entropy == load("blt/entropy-100m").model.model_copy(
+        update={"init_std": model.patching.entropy.init_std}
+    )

@@ -18,6 +18,18 @@ CONFIGS = {
         **TINY, n_kv_heads=2, ngram=NgramConfig(sizes=(2, 3, 5), rows=97, init_std=0.3)
     ),
     "unigrams": Config(**TINY, ngram=NgramConfig(sizes=(1,), rows=97, init_std=0.3)),
+    "window, the paper's n-grams": Config(
+        **TINY,
+        window=3,
+        ngram=NgramConfig(
+            sizes=(2, 4),
+            rows=97,
+            init_std=0.3,
+            oldest_first=False,
+            short_windows="skip",
+            average=True,
+        ),
+    ),
     "llama tied": Config(**TINY, norm="pre", qk_norm="none", n_kv_heads=1, tie_embeddings=True),
 }
 
