@@ -48,6 +48,7 @@ CHAPTERS = {
     "After a run": {
         "eval": ("evaluate", "held-out loss, perplexity and bits per byte"),
         "generate": ("generate", "samples from a run"),
+        "compare": ("compare", "runs side by side: loss against FLOPs, FLOPs to match, a plot"),
         "checkpoint": ("checkpoint", "list and verify the checkpoints of a run"),
     },
     "Trust": {

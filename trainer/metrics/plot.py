@@ -7,7 +7,6 @@ where the vocabulary allows; small panels below have the learning rate and the g
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.errors import DataError
+from .drawing import INK, MUTED, Points, new_figure, save_figure, short_count, style_axes, thin
 from .records import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -24,12 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_run"]
 
-INK, MUTED, GRID = "#24292f", "#6e7781", "#e6e8eb"
 TRAIN, HELD_OUT = "#2f6f9f", "#c2410c"
 REFERENCES = ("#57606a", "#8c6d1f", "#5b7553", "#7a4f7a")
-MAX_POINTS = 4000
-
-Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def plot_run(
@@ -65,13 +61,11 @@ def plot_run(
     _draw_main(large, train, _curve(records, f"eval/{key}"), dict(baselines or {}), unit)
     _draw_small(small[0], _curve(records, "lr"), "learning rate", is_log=False)
     _draw_small(small[1], _curve(records, "grad_norm"), "gradient norm", is_log=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png", dpi=150, facecolor="white")
-    os.replace(temporary, target)
+    save_figure(figure, target)
     return target
 
 
-def _curve(records: list[dict[str, Any]], key: str) -> Curve:
+def _curve(records: list[dict[str, Any]], key: str) -> Points:
     """Tokens and values of the steps that have a finite one."""
     found, tokens = [], 0
     for record in records:
@@ -89,34 +83,24 @@ def _title(run_dir: Path | str, records: list[dict[str, Any]]) -> str:
 
 
 def _panels(title: str) -> tuple[Figure, Axes, tuple[Axes, Axes]]:
-    # Not pyplot: no global state, no window system, safe in a thread.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6.6))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
+    figure = new_figure(9, 6.6)
     grid = figure.add_gridspec(2, 2, height_ratios=(2.6, 1))
     large = figure.add_subplot(grid[0, :])
     small = (figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1]))
     large.set_title(title, loc="left", fontsize=14, fontweight="bold", color=INK, pad=12)
     for axes in (large, *small):
-        axes.grid(True, color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(MUTED)
-        axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=10)
+        style_axes(axes)
     return figure, large, small
 
 
 def _draw_main(
-    axes: Axes, train: Curve, held_out: Curve, baselines: dict[str, float], unit: str
+    axes: Axes, train: Points, held_out: Points, baselines: dict[str, float], unit: str
 ) -> None:
-    tokens, values = _thin(train)
+    tokens, values = thin(train)
     axes.plot(tokens, values, color=TRAIN, alpha=0.22, linewidth=0.9)
     smooth = _smooth(train[1])
     axes.plot(
-        *_thin((train[0], smooth)),
+        *thin((train[0], smooth)),
         color=TRAIN,
         linewidth=2.0,
         label=f"training, smoothed ({smooth[-1]:.3f})",
@@ -152,10 +136,10 @@ def _draw_main(
     )
 
 
-def _draw_small(axes: Axes, curve: Curve, name: str, *, is_log: bool) -> None:
+def _draw_small(axes: Axes, curve: Points, name: str, *, is_log: bool) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    tokens, values = _thin(curve)
+    tokens, values = thin(curve)
     axes.plot(tokens, values, color=MUTED, linewidth=1.1)
     if is_log and len(values) and values.min() > 0:
         axes.set_yscale("log")
@@ -171,17 +155,11 @@ def _draw_small(axes: Axes, curve: Curve, name: str, *, is_log: bool) -> None:
 
 
 def _label(axes: Axes, unit: str, *, size: int) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    engineering = EngFormatter(sep="")
-
-    def count(value: float, position: float) -> str:
-        # 250K and 2B, where engineers say 250k and 2G.
-        return engineering(value).replace("k", "K").replace("G", "B")
+    from matplotlib.ticker import MaxNLocator
 
     axes.set_ylabel(unit, fontsize=size, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(count)
+    axes.xaxis.set_major_formatter(lambda value, position: short_count(value))
 
 
 def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -194,12 +172,6 @@ def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     # The last values are of one step; a mean of the newest few says more.
     reach_back = np.maximum(reach, np.minimum(places, half // 2))
     return (sums[places + reach + 1] - sums[places - reach_back]) / (reach + reach_back + 1)
-
-
-def _thin(curve: Curve) -> Curve:
-    """At most MAX_POINTS of a curve: a PNG has no room for more."""
-    stride = -(-len(curve[0]) // MAX_POINTS) or 1
-    return curve[0][::stride], curve[1][::stride]
 
 
 def _limits(
