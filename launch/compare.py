@@ -54,7 +54,7 @@ MODEL_COLUMNS = (
 @click.option(
     "--smooth",
     type=click.IntRange(min=1),
-    help="Records a value is the mean of; by default 2 % of a run, at least 10, and 1 for eval/NAME.",
+    help="Records around a value that it is the mean of; by default 2 % of a run, at least 10, and 1 for eval/NAME.",
 )
 @click.option("--json", "json_path", metavar="FILE", help="Write all of it as JSON; - prints it.")
 @click.option(
@@ -187,9 +187,9 @@ def _match_rows(found: Comparison) -> list[tuple[str, ...]]:
             match.run,
             match.other,
             f"{match.value:.4f}",
-            "never" if match.at is None else f"{match.at:.4g}",
+            "never" if match.at is None else f"{'<= ' * match.is_first}{match.at:.4g}",
             f"{match.other_at:.4g}",
-            "-" if match.ratio is None else f"{match.ratio:.3f}",
+            "-" if match.ratio is None else f"{'<= ' * match.is_first}{match.ratio:.3f}",
         )
         for match in found.matches
     ]

@@ -96,6 +96,7 @@ class Match:
         run, other: names.
         value: the other's final value, smoothed.
         at: the cost at which `run` first has it; None where it never has.
+        is_first: it has it in its very first record: `at` is the most that it can have cost.
         other_at: what the other spent in all.
     """
 
@@ -103,6 +104,7 @@ class Match:
     other: str
     value: float
     at: float | None
+    is_first: bool
     other_at: float
 
     @property
@@ -195,7 +197,7 @@ def compare_runs(
         folders: of two or more runs.
         metric: a name in their records; None is bits per byte, or the loss where no run knows its bytes.
         against: one of AXES.
-        window: records a value is a mean of; None is 2 % of a run, at least 10, and 1 for held-out metrics.
+        window: records a value is a mean of, half of them before it and half after; None is 2 % of a run, at least 10, and 1 for held-out metrics.
 
     Raises:
         ConfigError: fewer than two runs, one named twice, runs of different vocabularies compared on anything but bits per byte,
@@ -305,26 +307,25 @@ def _check_vocabularies(runs: list[ComparedRun], metric: str) -> None:
 def _curve(run: ComparedRun, metric: str, against: str) -> Curve:
     curve = run.curve(metric, against)
     if not len(curve):
-        known = sorted({name for record in run.records for name in record if _is_metric(name)})
-        raise DataError(f"{run.folder} has no finite {metric}; it has {', '.join(known)}")
+        known = {name for record in run.records for name in record if _is_metric(name)}
+        raise DataError(
+            f"{run.folder} has no finite {metric}; it has {', '.join(sorted(known)) or 'none to compare'}"
+        )
     return curve
 
 
 def _is_metric(name: str) -> bool:
-    return name in ("loss", "bits_per_byte") or name.startswith("eval/")
+    """What is worth naming; held-out values of single sources are there as well."""
+    return name.removeprefix("eval/") in ("loss", "bits_per_byte", "perplexity")
 
 
 def _matches(runs: list[ComparedRun], curves: list[Curve]) -> list[Match]:
-    return [
-        Match(
-            run=runs[i].name,
-            other=runs[j].name,
-            value=float(curves[j].y[-1]),
-            at=first_reach(curves[i], float(curves[j].y[-1])),
-            other_at=float(curves[j].x[-1]),
-        )
-        for i, j in itertools.permutations(range(len(runs)), 2)
-    ]
+    found = []
+    for i, j in itertools.permutations(range(len(runs)), 2):
+        value, spent = float(curves[j].y[-1]), float(curves[j].x[-1])
+        at, is_first = first_reach(curves[i], value), float(curves[i].y[0]) <= value
+        found.append(Match(runs[i].name, runs[j].name, value, at, is_first, spent))
+    return found
 
 
 def _crossings(runs: list[ComparedRun], curves: list[Curve]) -> list[tuple[str, str, Crossover]]:

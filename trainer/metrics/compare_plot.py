@@ -118,12 +118,12 @@ def _draw_match(axes: Axes, comparison: Comparison) -> None:
         )
         axes.annotate(
             f"{match.ratio:.2f}x",
-            ((at + match.other_at) / 2, match.value),
-            xytext=(0, 5),
+            (max(at, match.other_at), match.value),
+            xytext=(7, 5),
             textcoords="offset points",
-            ha="center",
             fontsize=10,
             color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
             zorder=6,
         )
 
@@ -154,9 +154,9 @@ def _draw_points(axes: Axes, comparison: Comparison) -> None:
         axes.annotate(
             f"{run.name} ({y:.3f})",
             (x, y),
-            xytext=(0, 9),
+            # A frontier falls to the right: above it there is room.
+            xytext=(7, 5),
             textcoords="offset points",
-            ha="center",
             fontsize=10,
             color=INK,
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Crossover", "Curve", "crossover", "first_reach", "smoothed"]
+__all__ = ["Crossover", "Curve", "crossover", "first_reach", "smooth", "smoothed"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,20 @@ class Crossover:
     count: int
 
 
+def smooth(values: NDArray[np.float64], half: int) -> NDArray[np.float64]:
+    """(N,) running mean over `half` values to each side; centred, so that it does not lag behind."""
+    sums = np.concatenate([[0.0], values.cumsum()])
+    places = np.arange(len(values))
+    # The window shrinks evenly at both ends: a one-sided one would bend the curve there.
+    reach = np.minimum(half, np.minimum(places, len(values) - 1 - places))
+    # The last values are of one step; a mean of the newest few says more.
+    reach_back = np.maximum(reach, np.minimum(places, half // 2))
+    return (sums[places + reach + 1] - sums[places - reach_back]) / (reach + reach_back + 1)
+
+
 def smoothed(curve: Curve, window: int) -> Curve:
-    """Means of each value and the `window - 1` before it, of fewer at the start: what was known by then."""
-    sums = np.concatenate([[0.0], np.cumsum(curve.y)])
-    ends = np.arange(1, len(curve) + 1)
-    starts = np.maximum(0, ends - window)
-    return Curve(curve.x, (sums[ends] - sums[starts]) / (ends - starts))
+    """A curve whose values are means over about `window` records; 1 leaves it as it is."""
+    return Curve(curve.x, smooth(curve.y, window // 2))
 
 
 def first_reach(curve: Curve, value: float) -> float | None:

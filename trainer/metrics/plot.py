@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.errors import DataError
+from .curves import smooth
 from .drawing import INK, MUTED, Points, new_figure, save_figure, short_count, style_axes, thin
 from .records import METRICS_FILE, read_metrics
 
@@ -98,12 +99,12 @@ def _draw_main(
 ) -> None:
     tokens, values = thin(train)
     axes.plot(tokens, values, color=TRAIN, alpha=0.22, linewidth=0.9)
-    smooth = _smooth(train[1])
+    curve = _smooth(train[1])
     axes.plot(
-        *thin((train[0], smooth)),
+        *thin((train[0], curve)),
         color=TRAIN,
         linewidth=2.0,
-        label=f"training, smoothed ({smooth[-1]:.3f})",
+        label=f"training, smoothed ({curve[-1]:.3f})",
     )
     if len(held_out[0]):
         label = f"held out ({held_out[1][-1]:.3f})"
@@ -122,7 +123,7 @@ def _draw_main(
         axes.axhline(
             value, color=color, linestyle=(0, (5, 3)), linewidth=1.3, label=f"{name} ({value:.3f})"
         )
-    axes.set_ylim(*_limits(smooth, held_out[1], list(baselines.values())))
+    axes.set_ylim(*_limits(curve, held_out[1], list(baselines.values())))
     axes.set_xlim(0, train[0][-1] * 1.01)
     _label(axes, unit, size=11)
     axes.set_xlabel("tokens", fontsize=11, color=INK)
@@ -163,15 +164,8 @@ def _label(axes: Axes, unit: str, *, size: int) -> None:
 
 
 def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Running mean over 2 % of the run, at least 10 steps; centred, so that it does not lag behind."""
-    half = max(5, len(values) // 100)
-    sums = np.concatenate([[0.0], values.cumsum()])
-    places = np.arange(len(values))
-    # The window shrinks evenly at both ends: a one-sided one would bend the curve there.
-    reach = np.minimum(half, np.minimum(places, len(values) - 1 - places))
-    # The last values are of one step; a mean of the newest few says more.
-    reach_back = np.maximum(reach, np.minimum(places, half // 2))
-    return (sums[places + reach + 1] - sums[places - reach_back]) / (reach + reach_back + 1)
+    """Over 2 % of the run, at least 10 steps."""
+    return smooth(values, max(5, len(values) // 100))
 
 
 def _limits(
