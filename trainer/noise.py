@@ -8,7 +8,7 @@ on the seed and the text, and on nothing else: a document gets the same noise in
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ class Noise:
     Args:
         kind: one of KINDS.
         level: share of the characters that are touched; `random-case`: that become upper case. None where the kind touches all.
-        max_repeats: `repeat`: a chosen character is written this often at most, as often as not twice or more.
+        max_repeats: `repeat`: a chosen character is followed by one to so many copies of itself, each number as likely. (The paper:
+            "up to a maximum of four times".)
         seed: of what is drawn.
     """
 
@@ -87,8 +88,8 @@ def _drop(text: str, noise: Noise, random: Generator) -> str:
 def _repeat(text: str, noise: Noise, random: Generator) -> str:
     chosen = random.random(len(text)) < (noise.level or 0.0)
     # One more number for every character, chosen or not: what one gets does not depend on the others.
-    times = 1 + np.floor(random.random(len(text)) * noise.max_repeats).astype(np.int64)
-    counts = np.where(chosen, times, 1)
+    copies = 1 + np.floor(random.random(len(text)) * noise.max_repeats).astype(np.int64)
+    counts = np.where(chosen, 1 + copies, 1)
     return "".join(c * n for c, n in zip(text, counts.tolist(), strict=True))
 
 
