@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import overrides_argument, print_table, run_argument, run_folder
+
+if TYPE_CHECKING:
+    from ..trainer.noise import Noise
 
 __all__ = ["command"]
 
@@ -17,10 +22,23 @@ Examples:
   weft eval runs/quickstart
   weft eval runs/quickstart --step 500 --baselines
   weft eval runs/quickstart run.device=cpu eval.max_tokens=100000 --json
+  weft eval runs/quickstart --noise all
+  weft eval runs/quickstart --noise drop --noise-level 0.3 --json
   torchrun --nproc-per-node 2 -m weft eval runs/quickstart
 """
 
+NOISES = ("all", "drop", "repeat", "upper", "random-case", "antspeak")
 COLUMNS = ("source", "loss", "perplexity", "bits/byte", "tokens", "bytes")
+NOISE_COLUMNS = (
+    "noise",
+    "level",
+    "source",
+    "before",
+    "after",
+    "ratio",
+    "a byte before",
+    "bytes after",
+)
 
 
 @click.command(epilog=EXAMPLES)
@@ -30,16 +48,70 @@ COLUMNS = ("source", "loss", "perplexity", "bits/byte", "tokens", "bytes")
     "--step", type=click.IntRange(min=0), help="Checkpoint to load; the newest by default."
 )
 @click.option("--baselines", is_flag=True, help="Compare with gzip -9 and xz -9 on the same bytes.")
+@click.option(
+    "--noise",
+    type=click.Choice(NOISES),
+    help="Put noise on the held-out text: bits per byte before and after.",
+)
+@click.option(
+    "--noise-level",
+    type=click.FloatRange(0, 1),
+    help="Share of the characters; by default 0.1 drop, 0.2 repeat, 0.5 random-case.",
+)
+@click.option(
+    "--noise-repeats",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="repeat: most copies of a chosen character.",
+)
+@click.option(
+    "--noise-seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of what is drawn.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
-    run: str, overrides: tuple[str, ...], step: int | None, baselines: bool, as_json: bool
+    run: str,
+    overrides: tuple[str, ...],
+    step: int | None,
+    baselines: bool,
+    noise: str | None,
+    noise_level: float | None,
+    noise_repeats: int,
+    noise_seed: int,
+    as_json: bool,
 ) -> None:
     """Evaluate RUN on its held-out documents, by source and in total.
 
-    The report is also written to RUN/eval/step_XXXXXXXX.json. Bits per byte count every bit of the
-    cross-entropy, ends of documents included, over the raw bytes.
+    The report is also written to RUN/eval/step_XXXXXXXX.json, with noise step_XXXXXXXX_noise.json. Bits per byte count every
+    bit of the cross-entropy, ends of documents included, over the raw bytes.
     """
     folder = run_folder(run)
+    if noise is None:
+        if noise_level is not None:
+            raise click.UsageError("--noise-level needs --noise, the kind it is a level of")
+        _evaluate(run, folder, overrides, step, baselines, as_json)
+        return
+    if baselines:
+        raise click.UsageError("--baselines compresses the text as it is; leave out --noise")
+    from ..trainer.noise import noises
+
+    # Before torch and the checkpoint: a wrong level is answered at once.
+    chosen = noises(noise, noise_level, max_repeats=noise_repeats, seed=noise_seed)
+    _evaluate_noise(run, folder, chosen, overrides, step, as_json)
+
+
+def _evaluate(
+    run: str,
+    folder: Path,
+    overrides: tuple[str, ...],
+    step: int | None,
+    baselines: bool,
+    as_json: bool,
+) -> None:
     from ..trainer.run_evaluation import evaluate_trained, report_path
     from ..trainer.trained import open_trained
 
@@ -52,9 +124,68 @@ def command(
         click.echo(json.dumps(report, indent=1))
         return
     _print_report(run, report)
+    _say_where(folder, report_path(folder, report["step"]))
+
+
+def _evaluate_noise(
+    run: str,
+    folder: Path,
+    chosen: Sequence[Noise],
+    overrides: tuple[str, ...],
+    step: int | None,
+    as_json: bool,
+) -> None:
+    from ..trainer.run_evaluation import evaluate_noise, report_path
+
+    report = evaluate_noise(folder, chosen, step, overrides)
+    if int(os.environ.get("RANK", "0")):
+        return
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+        return
+    _print_noise(run, report)
+    _say_where(folder, report_path(folder, report["step"], noise=True))
+
+
+def _say_where(folder: Path, path: Path) -> None:
     # Where the file could not be written, a warning has said so.
     if os.access(folder, os.W_OK):
-        click.echo(f"written to {report_path(folder, report['step'])}")
+        click.echo(f"written to {path}")
+
+
+def _print_noise(run: str, report: dict[str, Any]) -> None:
+    sources = report["clean"]["sources"]
+    parts = [*sources, *(["total"] if len(sources) > 1 else [])]
+    rows = []
+    for kind, found in report["noise"].items():
+        for part in parts:
+            before, after = (
+                scores["total"] if part == "total" else scores["sources"][part]
+                for scores in (report["clean"], found)
+            )
+            rows.append(_noise_row(kind, found["level"], part, before, after))
+    title = f"{run}, step {report['step']:,}: bits per byte before and after noise"
+    print_table(title, NOISE_COLUMNS, rows, right=(1, 3, 4, 5, 6, 7))
+
+
+def _noise_row(
+    kind: str, level: float | None, part: str, before: dict[str, Any], after: dict[str, Any]
+) -> tuple[str, ...]:
+    def shown(value: Any) -> str:
+        return "-" if value is None else value if isinstance(value, str) else f"{value:.4f}"
+
+    pair = before.get("bits_per_byte"), after.get("bits_per_byte")
+    is_known = all(isinstance(value, float) for value in pair)
+    return (
+        kind,
+        "" if level is None else f"{level:g}",
+        part,
+        shown(pair[0]),
+        shown(pair[1]),
+        f"{pair[1] / pair[0]:.3f}" if is_known and pair[0] else "-",
+        shown(after.get("bits_per_clean_byte")),
+        f"{after['bytes']:,}",
+    )
 
 
 def _print_report(run: str, report: dict[str, Any]) -> None:

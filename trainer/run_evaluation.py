@@ -7,22 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..models.errors import DataError
+from ..models.errors import ConfigError, DataError
 from .baselines import compression_bits_per_byte, held_out_documents
-from .data.dataset import open_data
-from .evaluation import evaluate
+from .configuration.load import load_run_config
+from .data.dataset import Dataset, open_data
+from .evaluation import Evaluation, Scores, evaluate
 from .files import write_json
 from .metrics.records import plain_json
+from .noise import Noise
 from .trained import TrainedRun, open_trained
 
-__all__ = ["evaluate_run", "evaluate_trained", "report_path"]
+__all__ = ["evaluate_noise", "evaluate_run", "evaluate_trained", "report_path"]
 
 log = logging.getLogger("weft")
 
 
-def report_path(run_dir: Path, step: int) -> Path:
-    """Where the report of a step goes."""
-    return run_dir / "eval" / f"step_{step:08d}.json"
+def report_path(run_dir: Path, step: int, *, noise: bool = False) -> Path:
+    """Where the report of a step goes; that on noise has a file of its own."""
+    return run_dir / "eval" / f"step_{step:08d}{'_noise' if noise else ''}.json"
 
 
 def evaluate_run(
@@ -54,26 +56,119 @@ def evaluate_trained(
     trained: TrainedRun, overrides: Sequence[str] = (), *, with_baselines: bool = False
 ) -> dict[str, Any]:
     """Collective: the same for a run that is open already."""
+    data = open_data(trained.config.data, trained.topology)
+    found, _ = _scores(trained, data)
+    report: dict[str, Any] = {"step": trained.step, "overrides": list(overrides), **found.as_dict()}
+    if with_baselines:
+        report["baselines"] = compression_bits_per_byte(held_out_documents(data))
+    return _finish(trained, report, report_path(trained.run_dir, trained.step))
+
+
+def evaluate_noise(
+    run_dir: Path | str,
+    noises: Sequence[Noise],
+    step: int | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Collective: held-out scores before and after each kind of noise; writes RUN/eval/step_XXXXXXXX_noise.json.
+
+    Noise is put on raw text, which is then made into ids again, so any vocabulary will do. With `eval.max_tokens` the first
+    documents of each source that have so many ids without noise are taken, the last of them cut, before and after alike. A model
+    with patches gets room for as many as there are bytes: noise makes more of them, and none must be lost.
+
+    Returns:
+        `step`, `overrides`; `clean`, with `sources` and `total` (see `Scores`); `noise`, by kind: its settings and the same, with
+        `bits_per_clean_byte`: the same bits over the bytes there were before.
+
+    Raises:
+        DataError: no source holds documents out.
+        ConfigError: the run takes its patches from its data, where there are none of text with noise.
+    """
+    room = _room_for_patches(Path(run_dir), overrides)
+    with open_trained(run_dir, step, [*overrides, *room]) as trained:
+        data = open_data(trained.config.data, trained.topology)
+        documents = _chosen_documents(data, trained.config.eval.max_tokens)
+        clean, clean_total = _scores(trained, data.with_held_out(documents), whole=True)
+        report: dict[str, Any] = {"step": trained.step, "overrides": list(overrides)}
+        report |= {"clean": clean.as_dict(), "noise": {}}
+        for noise in noises:
+            noisy = {name: [noise(text) for text in texts] for name, texts in documents.items()}
+            found, total = _scores(trained, data.with_held_out(noisy), whole=True)
+            report["noise"][noise.kind] = {
+                **noise.as_dict(),
+                "sources": {
+                    name: _over_clean_bytes(scores, clean.sources[name])
+                    for name, scores in found.sources.items()
+                },
+                "total": _over_clean_bytes(total, clean_total),
+            }
+        return _finish(trained, report, report_path(trained.run_dir, trained.step, noise=True))
+
+
+def _room_for_patches(run_dir: Path, overrides: Sequence[str]) -> list[str]:
+    config = load_run_config(run_dir, list(overrides)).config
+    patching = getattr(config.model, "patching", None)
+    if patching is None:
+        return []
+    if patching.stored:
+        raise ConfigError(
+            f"{run_dir} takes its patches from its data, where text with noise has none; add model.patching.stored=false to "
+            "make them with its entropy model"
+        )
+    return [f"model.patching.max_patches={config.data.sequence_length}"]
+
+
+def _chosen_documents(data: Dataset, max_tokens: int | None) -> dict[str, list[bytes]]:
+    """Held-out text by source, up to so many ids of each."""
+    chosen: dict[str, list[bytes]] = {}
+    for source in data.sources:
+        left = max_tokens
+        for ids in source.held_out_documents():
+            part = ids if left is None else ids[:left]
+            chosen.setdefault(source.name, []).append(data.vocabulary.decode_bytes(part))
+            if left is not None:
+                left -= len(part)
+                if left <= 0:
+                    break
+    return chosen
+
+
+def _over_clean_bytes(scores: Scores, clean: Scores) -> dict[str, Any]:
+    numbers: dict[str, Any] = dict(scores.numbers())
+    if scores.bits_per_byte is not None and clean.bytes:
+        numbers["bits_per_clean_byte"] = scores.bits_per_byte * scores.bytes / clean.bytes
+    return numbers
+
+
+def _scores(
+    trained: TrainedRun, data: Dataset, *, whole: bool = False
+) -> tuple[Evaluation, Scores]:
+    """Collective: scores of the held-out documents, and those of all together; `whole` looks past eval.max_tokens.
+
+    Raises:
+        DataError: there are none.
+    """
     config = trained.config
-    data = open_data(config.data, trained.topology)
+    settings = config.eval.model_copy(update={"max_tokens": None}) if whole else config.eval
     found = evaluate(
         trained.engine,
         trained.task,
         data,
-        config.eval,
+        settings,
         micro_batch_tokens=config.train.micro_batch_tokens,
     )
     if found is None or found.total is None:
         raise DataError(
             f"{trained.run_dir}: no source holds documents out; set data.held_out.documents above 0"
         )
-    report: dict[str, Any] = {"step": trained.step, "overrides": list(overrides), **found.as_dict()}
-    if with_baselines:
-        report["baselines"] = compression_bits_per_byte(held_out_documents(data))
-    report = plain_json(report)
+    return found, found.total
+
+
+def _finish(trained: TrainedRun, report: dict[str, Any], path: Path) -> dict[str, Any]:
+    plain: dict[str, Any] = plain_json(report)
     if trained.topology.is_main:
-        _write_report(report_path(trained.run_dir, trained.step), report)
-    return report
+        _write_report(path, plain)
+    return plain
 
 
 def _write_report(path: Path, report: dict[str, Any]) -> None:

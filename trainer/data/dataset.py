@@ -7,9 +7,9 @@ that a run is never resumed on other data without being told.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,19 @@ class Dataset:
     def held_out(self, name: str) -> Iterator[NDArray[Any]]:
         """(N,) ids of each document of a source that is kept out of training."""
         return self.source(name).held_out_documents()
+
+    def with_held_out(self, documents: Mapping[str, Sequence[bytes]]) -> Dataset:
+        """The same data with other held-out documents; stored patches, which would not fit them, are left out.
+
+        Args:
+            documents: raw text by source; sources that are not named hold nothing out.
+        """
+        sources = []
+        for source in self.sources:
+            ids = self.vocabulary.encode_documents(documents.get(source.name, ()))
+            held_out = TokenStream(ids, self.vocabulary.dtype)
+            sources.append(replace(source, held_out=held_out, held_out_patches=None))
+        return Dataset(self.config, self.vocabulary, sources)
 
     def order(self, seed: int) -> SampleOrder:
         """Which sample comes when."""
