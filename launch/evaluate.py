@@ -135,10 +135,12 @@ def _evaluate_noise(
     step: int | None,
     as_json: bool,
 ) -> None:
-    from ..trainer.run_evaluation import evaluate_noise, report_path
+    from ..trainer.run_evaluation import evaluate_noise, open_for_noise, report_path
 
-    report = evaluate_noise(folder, chosen, step, overrides)
-    if int(os.environ.get("RANK", "0")):
+    with open_for_noise(folder, step, overrides) as trained:
+        report = evaluate_noise(trained, chosen, overrides)
+        is_main = trained.topology.is_main
+    if not is_main:
         return
     if as_json:
         click.echo(json.dumps(report, indent=1))

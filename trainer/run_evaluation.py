@@ -17,7 +17,7 @@ from .metrics.records import plain_json
 from .noise import Noise
 from .trained import TrainedRun, open_trained
 
-__all__ = ["evaluate_noise", "evaluate_run", "evaluate_trained", "report_path"]
+__all__ = ["evaluate_noise", "evaluate_run", "evaluate_trained", "open_for_noise", "report_path"]
 
 log = logging.getLogger("weft")
 
@@ -64,17 +64,39 @@ def evaluate_trained(
     return _finish(trained, report, report_path(trained.run_dir, trained.step))
 
 
+def open_for_noise(
+    run_dir: Path | str, step: int | None = None, overrides: Sequence[str] = ()
+) -> TrainedRun:
+    """Collective: `open_trained`, with room for as many patches as there are bytes: noise makes more of them, and none must be lost.
+
+    Raises:
+        ConfigError: the run takes its patches from its data, where there are none of text with noise.
+    """
+    folder = Path(run_dir)
+    config = load_run_config(folder, list(overrides)).config
+    patching = getattr(config.model, "patching", None)
+    if patching is None:
+        return open_trained(folder, step, overrides)
+    if patching.stored:
+        raise ConfigError(
+            f"{folder} takes its patches from its data, where text with noise has none; add model.patching.stored=false to "
+            "make them with its entropy model"
+        )
+    room = f"model.patching.max_patches={config.data.sequence_length}"
+    return open_trained(folder, step, [*overrides, room])
+
+
 def evaluate_noise(
-    run_dir: Path | str,
-    noises: Sequence[Noise],
-    step: int | None = None,
-    overrides: Sequence[str] = (),
+    trained: TrainedRun, noises: Sequence[Noise], overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Collective: held-out scores before and after each kind of noise; writes RUN/eval/step_XXXXXXXX_noise.json.
 
     Noise is put on raw text, which is then made into ids again, so any vocabulary will do. With `eval.max_tokens` the first
-    documents of each source that have so many ids without noise are taken, the last of them cut, before and after alike. A model
-    with patches gets room for as many as there are bytes: noise makes more of them, and none must be lost.
+    documents of each source that have so many ids without noise are taken, the last of them cut, before and after alike.
+
+    Args:
+        trained: from `open_for_noise`.
+        overrides: it was opened with; they are written down.
 
     Returns:
         `step`, `overrides`; `clean`, with `sources` and `total` (see `Scores`); `noise`, by kind: its settings and the same, with
@@ -82,40 +104,26 @@ def evaluate_noise(
 
     Raises:
         DataError: no source holds documents out.
-        ConfigError: the run takes its patches from its data, where there are none of text with noise.
     """
-    room = _room_for_patches(Path(run_dir), overrides)
-    with open_trained(run_dir, step, [*overrides, *room]) as trained:
-        data = open_data(trained.config.data, trained.topology)
-        documents = _chosen_documents(data, trained.config.eval.max_tokens)
-        clean, clean_total = _scores(trained, data.with_held_out(documents), whole=True)
-        report: dict[str, Any] = {"step": trained.step, "overrides": list(overrides)}
-        report |= {"clean": clean.as_dict(), "noise": {}}
-        for noise in noises:
-            noisy = {name: [noise(text) for text in texts] for name, texts in documents.items()}
-            found, total = _scores(trained, data.with_held_out(noisy), whole=True)
-            report["noise"][noise.kind] = {
-                **noise.as_dict(),
-                "sources": {
-                    name: _over_clean_bytes(scores, clean.sources[name])
-                    for name, scores in found.sources.items()
-                },
-                "total": _over_clean_bytes(total, clean_total),
-            }
-        return _finish(trained, report, report_path(trained.run_dir, trained.step, noise=True))
-
-
-def _room_for_patches(run_dir: Path, overrides: Sequence[str]) -> list[str]:
-    config = load_run_config(run_dir, list(overrides)).config
-    patching = getattr(config.model, "patching", None)
-    if patching is None:
-        return []
-    if patching.stored:
-        raise ConfigError(
-            f"{run_dir} takes its patches from its data, where text with noise has none; add model.patching.stored=false to "
-            "make them with its entropy model"
-        )
-    return [f"model.patching.max_patches={config.data.sequence_length}"]
+    data = open_data(trained.config.data, trained.topology)
+    documents = _chosen_documents(data, trained.config.eval.max_tokens)
+    clean, clean_total = _scores(trained, data.with_held_out(documents), whole=True)
+    report: dict[str, Any] = {"step": trained.step, "overrides": list(overrides)}
+    report |= {"clean": clean.as_dict(), "noise": {}}
+    for noise in noises:
+        noisy = {name: [noise(text) for text in texts] for name, texts in documents.items()}
+        found, total = _scores(trained, data.with_held_out(noisy), whole=True)
+        sources = {
+            name: _over_clean_bytes(scores, clean.sources[name])
+            for name, scores in found.sources.items()
+        }
+        total_numbers = _over_clean_bytes(total, clean_total)
+        report["noise"][noise.kind] = {
+            **noise.as_dict(),
+            "sources": sources,
+            "total": total_numbers,
+        }
+    return _finish(trained, report, report_path(trained.run_dir, trained.step, noise=True))
 
 
 def _chosen_documents(data: Dataset, max_tokens: int | None) -> dict[str, list[bytes]]:
