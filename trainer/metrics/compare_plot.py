@@ -141,7 +141,7 @@ def _draw_crossing(axes: Axes, comparison: Comparison) -> None:
                 markerfacecolor="none",
                 markeredgecolor=INK,
                 linestyle="",
-                label=f"they cross at {short_count(item.x)}",
+                label=f"they cross at {short_count(float(f'{item.x:.3g}'))}",
                 zorder=5,
             )
 
