@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_run import write_recipe
 from weft.models.errors import ConfigError
 from weft.trainer.configuration.load import load_config
@@ -140,3 +141,34 @@ def test_part_of_the_documents_is_the_same_part_before_and_after(run: Path) -> N
     # 100 ids of each source: BOS and 99 bytes, closed by an EOS of its own.
     assert found["clean"]["total"]["bytes"] == 2 * 99
     assert found["noise"]["antspeak"]["total"]["bytes"] == 2 * (2 * 99 - 1)
+
+
+PATCHES = {
+    "family": "blt",
+    "window": 16,
+    "patching": {"scheme": "space", "max_patches": 16},
+    "ngram": None,
+    "encoder": {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 24},
+    "latent": {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 24},
+    "decoder": {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 24},
+}
+
+
+def test_every_patch_that_noise_makes_has_room(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, train__steps=4)
+    content = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**content, "model": PATCHES}))
+    train(load_config(str(recipe), [], tmp_path).config)
+    with open_for_noise(tmp_path / "run") as trained:
+        found = evaluate_noise(trained, noises("antspeak"))
+    total = found["noise"]["antspeak"]["total"]
+    assert total["patches"] > 0.5
+    assert total["patch_overflow"] == 0
+
+
+def test_stored_patches_do_not_fit_noise(tmp_path: Path) -> None:
+    patching = {"scheme": "space", "stored": True}
+    config = {"model": {**PATCHES, "patching": patching}, "train": {"steps": 1}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=r"model\.patching\.stored=false"):
+        open_for_noise(tmp_path)
