@@ -117,7 +117,15 @@ def _print(found: Comparison) -> None:
         right=range(2, len(MODEL_COLUMNS)),
     )
     name = found.metric
-    columns = ("run", "steps", "bytes", "training FLOPs", "seconds", f"final {name}", "best")
+    columns: tuple[str, ...] = (
+        "run",
+        "steps",
+        "bytes",
+        "training FLOPs",
+        "seconds",
+        f"final {name}",
+        "best",
+    )
     if found.against == "inference-flops":
         columns = (*columns, "frontier")
     print_table("What they reached", columns, _reached_rows(found), right=range(1, len(columns)))
@@ -137,7 +145,7 @@ def _title(against: str) -> str:
 
 
 def _model_rows(found: Comparison) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for run in found.runs:
         costs = run.costs
         mark = "" if costs.per_byte == found.runs[0].costs.per_byte else " a token"
@@ -163,10 +171,10 @@ def _count(value: int) -> str:
 
 
 def _reached_rows(found: Comparison) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for i, run in enumerate(found.runs):
         read = run.bytes
-        row = (
+        row: tuple[str, ...] = (
             run.name,
             f"{run.records[-1]['step']:,}",
             "-" if read is None else f"{read[-1]:,.0f}",
