@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 from tiny_run import write_recipe
 from weft.launch import cli
+from weft.launch import compare as launch_compare
+from weft.launch import evaluate as launch_evaluate
+from weft.trainer.compare import AXES
 from weft.trainer.configuration.load import load_config
+from weft.trainer.noise import KINDS
 from weft.trainer.train import train
 
 
@@ -115,6 +119,12 @@ def test_mistakes_are_one_line(
     assert code == 2
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_the_command_offers_what_there_is() -> None:
+    # Written twice, so that --help does not wait for NumPy.
+    assert launch_compare.AXES == AXES
+    assert set(launch_evaluate.NOISES) == {"all", *KINDS}
 
 
 def test_nothing_of_it_imports_torch() -> None:
