@@ -1,6 +1,6 @@
 """Noise put on text, to see how much a model depends on its usual spelling; imports no torch.
 
-The kinds are those of the Byte Latent Transformer's robustness tests (arXiv 2412.09871, section 6.1), which the paper defines in a
+The kinds are those of the Byte Latent Transformer's robustness tests (arXiv 2412.09871, section 6.1), which defines them in a
 sentence each. A character is a Unicode code point; a byte that is no UTF-8 counts as one and stays as it is. What is drawn depends
 on the seed and the text, and on nothing else: a document gets the same noise in every run, on any rank, in any order.
 """

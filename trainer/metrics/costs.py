@@ -1,7 +1,7 @@
 """What a run's model costs, counted alike for every family, from its configuration alone; imports no torch.
 
-The paper of the Byte Latent Transformer leaves out its entropy model and does not say how large its hashed tables are (arXiv
-2412.09871, section 4.5); here both stand beside what it counts. Two hooks are asked for, and a family without them needs none:
+The FLOPs and sizes that the paper of the Byte Latent Transformer compares (arXiv 2412.09871, equations 13 to 17) leave out its entropy
+model and its hashed tables; here both stand beside the rest. Two hooks are asked for, and a family without them needs none:
 
 - `forward_flops_per_byte(context_bytes, patch_size)` of a model section: FLOPs of a forward pass by part. Other families' are
   taken from `flops_per_token`.
