@@ -69,7 +69,7 @@ def open_run(
         raise ConfigError(
             f"{config.run_dir} is finished: it stands at step {state.step} of train.steps={config.train.steps}; raise train.steps to go on"
         )
-    left_out = sum(stop - first for first, stop in state.left_out)
+    left_out = sum(stop - first for first, stop in samples_left_out(config, state))
     data.check_samples(config.train.steps * config.batch_rows + left_out, config.run.seed)
     spikes = None
     if config.train.spike != "ignore" and topology.is_main:
@@ -112,13 +112,18 @@ def open_run(
     return run
 
 
+def samples_left_out(config: TrainingConfig, state: TrainState) -> list[tuple[int, int]]:
+    """Ranges that rollbacks took out of the order, and those that a person named."""
+    return [*((first, stop) for first, stop in state.left_out), *config.train.leave_out]
+
+
 def open_loader(
     data: Dataset, engine: Engine, config: TrainingConfig, state: TrainState, topology: Topology
 ) -> PackedLoader:
     """This rank's batches from where the run stands to its end."""
     length, rows = config.data.sequence_length, config.batch_rows
     micro = config.train.micro_batch_tokens or rows // engine.data_ranks * length
-    left_out = [(first, stop) for first, stop in state.left_out]
+    left_out = samples_left_out(config, state)
     # What is left out is made up for at the end; a range may also cost the part of a step before it.
     extra = sum(stop - first + rows for first, stop in left_out if stop > state.samples)
     return PackedLoader(

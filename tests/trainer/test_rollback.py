@@ -11,7 +11,7 @@ import pytest
 from ranks import run_ranks
 from test_resume import poison, resume, run_new
 from tiny_run import trace, write_recipe
-from weft.models.errors import TrainingError
+from weft.models.errors import ConfigError, TrainingError
 from weft.trainer import train as train_module
 from weft.trainer.attempts import read_attempts
 from weft.trainer.checkpoint.reading import list_checkpoints
@@ -76,6 +76,15 @@ def test_the_run_is_that_of_an_order_without_the_samples(
     monkeypatch.setattr(train_module, "open_run", without)
     other = run_new(plain, "schedule.horizon_steps=30")
     assert trace(run) == trace(other)
+
+
+def test_samples_can_be_left_out_by_hand(tmp_path: Path) -> None:
+    run = run_new(tmp_path / "a", "train.steps=5", "schedule.horizon_steps=30")
+    assert resume(run, "train.steps=10", "train.leave_out=[[44, 47], [64, 72]]") == 0
+    firsts = [r["first_sample"] for r in steps_of(run)]
+    assert firsts == [0, 8, 16, 24, 32, 47, 55, 72, 80, 88]
+    with pytest.raises(ConfigError, match=r"train\.leave_out.*\[9, 3\] is no range of samples"):
+        resume(run, "train.leave_out=[[9, 3]]")
 
 
 def test_a_budget_and_a_place_to_go_back_to_are_needed(

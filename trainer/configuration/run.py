@@ -73,6 +73,10 @@ class TrainConfig(Section):
         description="what follows a loss or gradient that is not a number; its update is always withheld",
     )
     non_finite_budget: int = Field(10, ge=0, description="such steps that skip puts up with")
+    leave_out: tuple[tuple[int, int], ...] = Field(
+        (),
+        description="ranges [first, stop) of samples of the run's order that are not trained on; a step that would touch one begins after it",
+    )
     spike: Literal["ignore", "stop", "rollback"] = Field(
         "ignore",
         description="what follows a loss that stays above its past: rollback takes up the newest checkpoint before it and leaves the samples out",
@@ -84,6 +88,17 @@ class TrainConfig(Section):
         8, gt=0, description="steps in a row above it that spike acts on; shorter ones pass"
     )
     rollback_budget: int = Field(3, ge=0, description="rollbacks of a run before it stops")
+
+    @field_validator("leave_out")
+    @classmethod
+    def _are_ranges(cls, value: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        for first, stop in value:
+            if not 0 <= first < stop:
+                raise ValueError(
+                    f"[{first}, {stop}] is no range of samples; give [first, stop] with 0 <= first < stop"
+                )
+        return value
+
     profile: str | None = Field(
         None,
         description="first:last, steps that are profiled into RUN/profile: a trace, and the memory of a GPU",

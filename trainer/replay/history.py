@@ -125,10 +125,10 @@ class RunHistory:
             self.notes.append(text)
 
     def _left_out(self) -> list[tuple[int, int]]:
-        """Samples that rollbacks took out of the order, as far as a checkpoint knows of them."""
+        """Samples that rollbacks took out of the order, as far as a checkpoint knows of them, and those named by hand."""
         states = [c.manifest.state["train"] for c in self._checkpoints if c.manifest]
         ranges = states[-1].get("left_out", []) if states else []
-        return [(first, stop) for first, stop in ranges]
+        return [*((first, stop) for first, stop in ranges), *self.config.train.leave_out]
 
     def _world_size(self, step: int) -> int:
         if self._ranks is not None:
