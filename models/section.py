@@ -7,6 +7,8 @@ Importing a module that only defines sections must never import torch.
 
 from __future__ import annotations
 
+from typing import Self
+
 from pydantic import BaseModel, ConfigDict
 
 __all__ = ["Section"]
@@ -18,3 +20,7 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=()
     )
+
+    def for_generation(self) -> Self:
+        """Of a model: the same, as generation needs it."""
+        return self

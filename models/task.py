@@ -126,6 +126,10 @@ class Task(ABC):
         """Parameters that other runs supply."""
         return []
 
+    def network_for_generation(self, networks: Mapping[str, nn.Module]) -> nn.Module:
+        """What `generate` calls: has `config` and `forward_cached`, see `models.generation`."""
+        return next(iter(networks.values()))
+
     def part_seconds(self) -> dict[str, float]:
         """Seconds that named parts of the steps since the last call took on this rank's device; never waits for it."""
         return {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..models import build_task
 from ..models.errors import CheckpointError
@@ -44,6 +45,11 @@ class TrainedRun:
     step: int
     state: dict[str, Any]
 
+    def network_for_generation(self) -> nn.Module:
+        """Collective: what `generate` continues texts with; the run has to be opened for it."""
+        networks = {name: self.engine.network_for_generation(name) for name in self.engine.networks}
+        return self.task.network_for_generation(networks)
+
     def __enter__(self) -> TrainedRun:
         return self
 
@@ -52,7 +58,11 @@ class TrainedRun:
 
 
 def open_trained(
-    run_dir: Path | str, step: int | None = None, overrides: Sequence[str] = ()
+    run_dir: Path | str,
+    step: int | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    for_generation: bool = False,
 ) -> TrainedRun:
     """Collective: load the weights of a run.
 
@@ -60,6 +70,7 @@ def open_trained(
         run_dir: the run folder.
         step: of the checkpoint; None is the newest that is whole.
         overrides: `key=value` on the run's configuration; `parallel` starts from its defaults.
+        for_generation: open what is needed to generate, which may be more than to score data.
 
     Raises:
         ConfigError: not a run folder, or an override that cannot work.
@@ -67,6 +78,8 @@ def open_trained(
     """
     folder = Path(run_dir)
     config = load_run_config(folder, ["parallel={}", *overrides]).config
+    if for_generation:
+        config = config.model_copy(update={"model": config.model.for_generation()})
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     topology = initialise_distributed(config.run.device, config.parallel.timeout_s)

@@ -9,7 +9,7 @@ patch; s mean bytes a patch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -239,6 +239,18 @@ class Config(Section):
             counts.get(self.encoder.cross_attention, self.encoder.n_layers),
             counts.get(self.decoder.cross_attention, self.decoder.n_layers),
         )
+
+    @property
+    def patch_sources(self) -> int:
+        """States of the encoder that patches are made from: what each cross-attention reads, or what is pooled, and
+        embeddings where those are pooled."""
+        is_apart = self.encoder.queries == "embeddings" and self.encoder.cross_attention != "none"
+        return max(1, self.cross_layers[0]) + is_apart
+
+    def for_generation(self) -> Self:
+        """Where training read patches that lie with its data, generation makes them."""
+        patching = self.patching.model_copy(update={"stored": False})
+        return self.model_copy(update={"patching": patching})
 
     @property
     def pooled_width(self) -> int:

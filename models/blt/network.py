@@ -9,6 +9,7 @@ Source: arXiv 2412.09871, section 3. Read `BLT.forward` first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,16 +24,17 @@ from ...kernels import (
     linear_cross_entropy,
     patch_decoder_attention,
     patch_encoder_attention,
-    rotary_frequencies,
-    rotary_table,
     segment_pool,
 )
 from ..batch import PackedBatch
 from ..errors import ConfigError
-from ..transformer.config import Config as TransformerConfig
+from ..transformer.cache import LayerCache
 from ..transformer.embedding import TokenEmbedding
 from ..transformer.model import Block, RMSNorm
+from .cache import KVCache
+from .cached_forward import ClosedPatches, MemoryLayer, forward_cached
 from .config import Config, LocalConfig
+from .layout import drop_absent, make_rotary, patch_layout
 
 __all__ = [
     "BLT",
@@ -60,10 +62,17 @@ class CrossAttention(nn.Module):
 
     def project(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, d) and (M, d) to q (N, H, hd), k and v (M, H, hd)."""
-        queries, memory = self.q_norm(x), self.kv_norm(memory)
-        q, k, v = self.q_proj(queries), self.k_proj(memory), self.v_proj(memory)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
-        return q, k, v
+        return self.project_queries(x), *self.project_memory(memory)
+
+    def project_queries(self, x: Tensor) -> Tensor:
+        """(..., d) to (..., H, hd)."""
+        return self.q_proj(self.q_norm(x)).unflatten(-1, (self.heads, -1))
+
+    def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """(M, d) to two of (M, H, hd)."""
+        memory = self.kv_norm(memory)
+        k, v = (p(memory).unflatten(-1, (self.heads, -1)) for p in (self.k_proj, self.v_proj))
+        return k, v
 
     def add(self, x: Tensor, attended: Tensor) -> Tensor:
         return self.residual * x + self.o_proj(attended.flatten(-2))
@@ -78,9 +87,24 @@ class PatchesReadBytes(CrossAttention):
 
 
 class BytesReadPatches(CrossAttention):
-    """Bytes (T, h_D) attend to the k vectors (P * k, h_D) of the patch that `decoder_ids` names."""
+    """Bytes (T, h_D) attend to the k vectors (P * k, h_D) of the patch that `decoder_ids` names.
 
-    def forward(self, states: Tensor, vectors: Tensor, decoder_ids: Tensor, count: int) -> Tensor:
+    In generation bytes are (B, t, h_D), `vectors` are those of the patches that have just closed, and `memory` holds all.
+    """
+
+    def forward(
+        self,
+        states: Tensor,
+        vectors: Tensor | None,
+        decoder_ids: Tensor,
+        count: int,
+        memory: MemoryLayer | None = None,
+    ) -> Tensor:
+        if memory is not None:
+            if vectors is not None:
+                memory.write(*self.project_memory(vectors))
+            return self.add(states, memory.attend(self.project_queries(states)))
+        assert vectors is not None
         q, k, v = self.project(states, vectors)
         return self.add(states, patch_decoder_attention(q, k, v, decoder_ids, count))
 
@@ -106,34 +130,45 @@ class LocalEncoder(nn.Module):
 
     def forward(self, x: Tensor, batch: PackedBatch, layout: PackedLayout, patches: Patches) -> Any:
         rotary = make_rotary(batch.position_ids, self.stack, x.dtype)
-        first_cross = len(self.blocks) - len(self.cross)
-        embedded, vectors = x, None
-        for place, block in enumerate(self.blocks):
-            x = block(x, rotary, layout)
-            if place >= first_cross:
-                if vectors is None:
-                    pooled = embedded if self.config.queries == "embeddings" else x
-                    vectors = self.first_queries(pooled, patches)
-                cross = self.cross[place - first_cross]
-                vectors = cross(vectors, x, patches.starts, patches.lengths)
-        if vectors is None:
-            return x, self.pool(x, patches)
-        return x, vectors.view(-1, self.k * x.shape[-1])
+        x, sources = self.read_bytes(x, rotary, [layout] * len(self.blocks))
+        return x, self.make_vectors(sources, patches.starts, patches.lengths)
 
-    def first_queries(self, x: Tensor, patches: Patches) -> Tensor:
+    def read_bytes(
+        self, x: Tensor, rotary: RotaryTable, contexts: Sequence[PackedLayout | LayerCache]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """States after the blocks, and those that patches are made from: `Config.patch_sources` of them."""
+        pools_embeddings = bool(self.cross) and self.config.queries == "embeddings"
+        sources = [x] if pools_embeddings else []
+        first_source = len(self.blocks) - max(1, len(self.cross))
+        for place, block in enumerate(self.blocks):
+            x = block(x, rotary, contexts[place])
+            if place >= first_source:
+                sources.append(x)
+        return x, sources
+
+    def make_vectors(self, sources: Sequence[Tensor], starts: Tensor, lengths: Tensor) -> Tensor:
+        """(P, patch width) from byte states (T, h_E): what is pooled first, what the cross-attentions read last."""
+        if not self.cross:
+            return self.pool(sources[0], starts, lengths)
+        vectors = self.first_queries(sources[0], starts, lengths)
+        for cross, states in zip(self.cross, sources[-len(self.cross) :], strict=True):
+            vectors = cross(vectors, states, starts, lengths)
+        return vectors.view(-1, self.k * vectors.shape[-1])
+
+    def first_queries(self, x: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
         """(P * k, h_E) what the patches ask with at the first cross-attention."""
         if self.config.queries == "learned":
-            return self.queries.to(x.dtype).repeat(patches.starts.shape[0], 1)
-        return self.query_proj(self.pool(x, patches)).view(-1, x.shape[-1])
+            return self.queries.to(x.dtype).repeat(starts.shape[0], 1)
+        return self.query_proj(self.pool(x, starts, lengths)).view(-1, x.shape[-1])
 
-    def pool(self, x: Tensor, patches: Patches) -> Tensor:
+    def pool(self, x: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
         """(P, pooled width): bytes of each patch by each way of pooling, side by side."""
         found = []
         for mode in self.config.pooling:
             if mode == "min":
-                found.append(-segment_pool(-x, patches.starts, patches.lengths, "max"))
+                found.append(-segment_pool(-x, starts, lengths, "max"))
             else:
-                found.append(segment_pool(x, patches.starts, patches.lengths, mode))
+                found.append(segment_pool(x, starts, lengths, mode))
         return torch.cat(found, dim=-1)
 
 
@@ -150,11 +185,16 @@ class LatentTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(self.stack) for _ in range(self.stack.n_layers))
 
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
+        return self.run_blocks(x, layout.position_ids, [layout] * len(self.blocks))
+
+    def run_blocks(
+        self, x: Tensor, positions: Tensor, contexts: Sequence[PackedLayout | LayerCache]
+    ) -> Tensor:
         if self.input_proj is not None:
             x = self.input_proj(x)
-        rotary = make_rotary(layout.position_ids, self.stack, x.dtype)
-        for block in self.blocks:
-            x = block(x, rotary, layout)
+        rotary = make_rotary(positions, self.stack, x.dtype)
+        for block, context in zip(self.blocks, contexts, strict=True):
+            x = block(x, rotary, context)
         return x
 
 
@@ -189,16 +229,33 @@ class LocalDecoder(nn.Module):
         layout: PackedLayout,
         decoder_ids: Tensor,
     ) -> Tensor:
+        vectors = self.make_vectors(latents)
+        rotary = make_rotary(batch.position_ids, self.stack, x.dtype)
         if self.input_proj is not None:
             x = self.input_proj(x)
-        vectors = self.latent_proj(latents).view(-1, x.shape[-1])
         if not self.cross:
             x = x + self.read_one(vectors, decoder_ids)
-        rotary = make_rotary(batch.position_ids, self.stack, x.dtype)
+        reading = (vectors, decoder_ids, self.k)
+        return self.run_blocks(
+            x, rotary, [layout] * len(self.blocks), [reading] * len(self.cross)
+        )
+
+    def make_vectors(self, latents: Tensor) -> Tensor:
+        """(P * k, h_D) what bytes read of latents (P, h_G)."""
+        return self.latent_proj(latents).view(-1, self.config.d_model)
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        rotary: RotaryTable,
+        contexts: Sequence[PackedLayout | LayerCache],
+        readings: Sequence[tuple[Any, ...]],
+    ) -> Tensor:
+        """States (..., h_D) to normalised ones; `readings` are the cross-attentions' other arguments."""
         for place, block in enumerate(self.blocks):
             if place < len(self.cross):
-                x = self.cross[place](x, vectors, decoder_ids, self.k)
-            x = block(x, rotary, layout)
+                x = self.cross[place](x, *readings[place])
+            x = block(x, rotary, contexts[place])
         return self.norm(x)
 
     def read_one(self, vectors: Tensor, decoder_ids: Tensor) -> Tensor:
@@ -220,10 +277,18 @@ class BLT(nn.Module):
         self.decoder = LocalDecoder(config)
         self.head = nn.Linear(config.decoder.d_model, config.vocab_size, bias=False)
 
-    def forward(self, batch: PackedBatch, patches: Patches, output: str = "losses") -> Any:
-        """Losses or logits of a packed batch of bytes.
+    def forward(
+        self,
+        batch: PackedBatch | Tensor,
+        patches: Patches | ClosedPatches,
+        output: str = "losses",
+        cache: KVCache | None = None,
+    ) -> Any:
+        """Losses or logits of a packed batch of bytes, or logits of new bytes against a cache.
 
         Args:
+            batch: a packed batch; or (B, t) int64 ids, with the arguments that `BLTGenerator` gives, which come this way so
+                that hooks on the root run.
             patches: of this batch.
             output: `losses` gives `{"cross_entropy"}`, a () fp32 sum over the counted targets; `logits` (T, 260) fp32;
                 `states` (T, h_D), what the head multiplies.
@@ -231,6 +296,10 @@ class BLT(nn.Module):
         Raises:
             ConfigError: the configured attention does not run on this device and type.
         """
+        if isinstance(batch, Tensor):
+            assert isinstance(patches, ClosedPatches) and cache is not None
+            return forward_cached(self, batch, patches, cache)
+        assert isinstance(patches, Patches)
         if batch.tokens.device.type == "cpu" and not self.config.pad_patches:
             patches = drop_absent(patches)
         layout = PackedLayout(
@@ -263,39 +332,3 @@ class BLT(nn.Module):
         problem = attention_problem(self.config.attention, x.device, dtype, x.requires_grad)
         if problem:
             raise ConfigError(f"model.attention={self.config.attention}: {problem}")
-
-
-def make_rotary(positions: Tensor, stack: TransformerConfig, dtype: torch.dtype) -> RotaryTable:
-    """Angles of `positions` for the heads of a stack; fp32 at least, whatever the states are."""
-    stretch = stack.rope_scaling.model_dump() if stack.rope_scaling else {}
-    frequencies = rotary_frequencies(
-        stack.head_width,
-        stack.rope_theta,
-        device=positions.device,
-        dtype=torch.promote_types(dtype, torch.float32),
-        **stretch,
-    )
-    return rotary_table(positions, frequencies)
-
-
-def patch_layout(batch: PackedBatch, patches: Patches) -> PackedLayout:
-    """Documents of the patch sequence, from borders that stay on the device.
-
-    Absent patches fill documents of their own behind the others, none longer than a row: where a document begins and how many
-    patches there are is only known on the device, but not how many borders there are.
-    """
-    room, device = patches.starts.shape[0], patches.starts.device
-    longest = min(room, batch.row_length)
-    begins = patches.patch_ids[batch.cu_seqlens[:-1].long()].long()
-    fill = torch.arange(0, room, longest, device=device) + patches.count
-    end = begins.new_full((1,), room)
-    borders = torch.cat((begins, fill, end)).clamp(max=room)
-    places = torch.arange(room, device=device)
-    document = torch.searchsorted(borders, places, right=True) - 1
-    return PackedLayout(borders.int(), places - borders[document], longest, room, longest=longest)
-
-
-def drop_absent(patches: Patches) -> Patches:
-    """The same patches without room for more; waits for the device."""
-    count = max(1, int(patches.count))
-    return patches._replace(starts=patches.starts[:count], lengths=patches.lengths[:count])

@@ -26,7 +26,9 @@ from .patching_config import PatchingConfig
 __all__ = [
     "PatchMaker",
     "batch_entropy",
+    "boundaries",
     "entropy_architecture",
+    "line_starts",
     "make_patches",
     "next_starts",
     "patcher_identity",
@@ -71,18 +73,19 @@ def make_patches(
             )
         with timer.measure(batch.tokens.device) if timer else contextlib.nullcontext():
             entropy = batch_entropy(batch, entropy_network, config.newline_reset)
-    return _by_rule(batch, config, entropy, room)
+    return boundaries(batch.position_ids, batch.tokens, entropy, config, room)
 
 
-def _by_rule(
-    batch: PackedBatch, config: PatchingConfig, entropy: Tensor | None, room: int
+def boundaries(
+    position_ids: Tensor, tokens: Tensor, entropy: Tensor | None, config: PatchingConfig, room: int
 ) -> Patches:
+    """`patch_boundaries` by the configured rule; what the rule does not look at may be given too."""
     return patch_boundaries(
-        batch.position_ids,
+        position_ids,
         room,
         config.scheme,
-        entropy=entropy,
-        tokens=batch.tokens if config.scheme == "space" else None,
+        entropy=entropy if config.needs_entropy else None,
+        tokens=tokens if config.scheme == "space" else None,
         threshold=config.threshold,
         rise=config.rise,
         stride=config.stride,
@@ -109,12 +112,9 @@ def split_lines(batch: PackedBatch, newline_reset: str) -> PackedBatch:
         newline_reset: `after`: a newline ends its line; `before`: it opens the next.
     """
     total, device = batch.tokens.shape[0], batch.tokens.device
-    is_first = batch.tokens == NEWLINE
-    if newline_reset == "after":
-        is_first = is_first.roll(1)
-    is_first |= batch.position_ids == 0
+    first = line_starts(batch.tokens, batch.position_ids, newline_reset)
     places = torch.arange(total, device=device)
-    first = torch.where(is_first, places, 0).cummax(0).values
+    is_first = places == first
     if device.type == "cpu":
         borders = places[is_first]
     else:
@@ -125,6 +125,16 @@ def split_lines(batch: PackedBatch, newline_reset: str) -> PackedBatch:
         position_ids=places - first,
         cu_seqlens=torch.cat([borders, end]).int(),
     )
+
+
+def line_starts(tokens: Tensor, position_ids: Tensor, newline_reset: str) -> Tensor:
+    """(T,) int64: where the line of each of (T,) ids begins; lines end with documents too."""
+    is_first = tokens == NEWLINE
+    if newline_reset == "after":
+        is_first = is_first.roll(1)
+    is_first |= position_ids == 0
+    places = torch.arange(len(tokens), device=tokens.device)
+    return torch.where(is_first, places, 0).cummax(0).values
 
 
 def entropy_architecture(config: PatchingConfig) -> TransformerConfig:

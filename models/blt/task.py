@@ -13,6 +13,7 @@ from ..part_timer import PartTimer
 from ..task import BaseWeights, InitSpec, LossOutput, LossTerm, ParameterGroup, Task
 from ..transformer.model import Transformer
 from .config import Config
+from .generation import BLTGenerator
 from .network import BLT
 from .patching import entropy_architecture, make_patches
 from .shapes import parameter_shapes
@@ -101,6 +102,9 @@ class BLTTask(Task):
             source, key = self.config.latent.start_from, "model.latent.start_from"
             found.append(BaseWeights(source, parameters, stays_there=False, key=key))
         return found
+
+    def network_for_generation(self, networks: Mapping[str, nn.Module]) -> nn.Module:
+        return BLTGenerator(networks["model"], networks.get("entropy"))
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
         return {"tokens": batch.target_count, "positions": len(batch.tokens)}

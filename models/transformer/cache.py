@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..errors import ConfigError
+from ..generation import GenerationCache
 from .config import Config
 
-__all__ = ["KVCache", "LayerCache"]
+__all__ = ["KVCache", "LayerCache", "oldest_seen"]
 
 
-class KVCache:
+class KVCache(GenerationCache):
     """State of B sequences under generation, with K key/value heads of width hd.
 
     Attributes:
@@ -45,19 +47,6 @@ class KVCache:
         self.capacity = capacity
         self.used = 0
 
-    def reserve(self, count: int) -> None:
-        """Claim room for `count` more positions of every sequence.
-
-        Raises:
-            ConfigError: the cache is full.
-        """
-        if self.used + count > self.capacity:
-            raise ConfigError(
-                f"the cache holds {self.capacity} positions, {self.used + count} are needed; "
-                "build it with a larger capacity"
-            )
-        self.used += count
-
     def remember(self, tokens: Tensor, counts: Tensor) -> None:
         """Note the newest ids of each sequence: `tokens` (B, t), `counts` (B,) of them real."""
         if self.recent.shape[1]:
@@ -72,6 +61,13 @@ class KVCache:
         self.values = [v[rows] for v in self.values]
         self.lengths, self.recent = self.lengths[rows], self.recent[rows]
 
+    def rewind(self, slot: int, ids: Sequence[int]) -> None:
+        self.lengths[slot] = len(ids)
+        history = self.recent.shape[1]
+        if history:
+            recent = [self.missing_id] * history + list(ids)
+            self.recent[slot] = torch.tensor(recent[-history:], device=self.recent.device)
+
 
 class LayerCache:
     """One layer of a cache and where its new positions go, for one forward.
@@ -81,31 +77,56 @@ class LayerCache:
         layer: which one.
         positions: (B, t) int64, of the new tokens, each below `cache.used`.
         window: positions that each one sees, itself among them; None is all before it.
+        rows: (B,) int64, which sequences of the cache these are; None is all of them.
+        first_seen: (B, t) int64, the first position that each one may see; None is 0.
+        oldest: host integer, no position before it is seen by any.
     """
 
     def __init__(
-        self, cache: KVCache, layer: int, positions: Tensor, window: int | None = None
+        self,
+        cache: KVCache,
+        layer: int,
+        positions: Tensor,
+        window: int | None = None,
+        rows: Tensor | None = None,
+        first_seen: Tensor | None = None,
+        oldest: int = 0,
     ) -> None:
-        self.cache = cache
-        self.window = window
-        self.layer = layer
-        self.positions = positions
+        self.cache, self.layer, self.positions = cache, layer, positions
+        self.window, self.rows = window, rows
+        self.first_seen, self.oldest = first_seen, oldest
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k, v (B, t, K, hd); attention of q (B, t, H, hd) up to each query's position."""
-        used, layer = self.cache.used, self.layer
-        sequences = torch.arange(len(q), device=q.device)[:, None]
-        self.cache.keys[layer][sequences, self.positions] = k.to(self.cache.keys[layer].dtype)
-        self.cache.values[layer][sequences, self.positions] = v.to(self.cache.values[layer].dtype)
         keys, values = (
-            store[layer][:, :used].to(q.dtype) for store in (self.cache.keys, self.cache.values)
+            self._write(store[self.layer], new).to(q.dtype)
+            for store, new in ((self.cache.keys, k), (self.cache.values, v))
         )
         groups = q.shape[2] // k.shape[2]
         if groups > 1:
             keys, values = keys.repeat_interleave(groups, 2), values.repeat_interleave(groups, 2)
-        places, own = torch.arange(used, device=q.device), self.positions[:, None, :, None]
+        places = torch.arange(self.oldest, self.cache.used, device=q.device)
+        own = self.positions[:, None, :, None]
         mask = places <= own
         if self.window is not None:
             mask &= places > own - self.window
+        if self.first_seen is not None:
+            mask &= places >= self.first_seen[:, None, :, None]
         q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
         return scaled_dot_product_attention(q, keys, values, attn_mask=mask).transpose(1, 2)
+
+    def _write(self, store: Tensor, new: Tensor) -> Tensor:
+        """What the new positions may see of a store (all sequences, capacity, K, hd), themselves included."""
+        rows = self.rows
+        if rows is None:
+            rows = torch.arange(len(new), device=new.device)
+        store[rows[:, None], self.positions] = new.to(store.dtype)
+        seen = store[:, self.oldest : self.cache.used]
+        return seen if self.rows is None else seen[self.rows]
+
+
+def oldest_seen(positions: Tensor, window: int | None) -> int:
+    """The first position that any of `positions` (B, t), ascending in each row, sees; waits for the device."""
+    if window is None:
+        return 0
+    return max(0, int(positions[:, 0].min()) - window + 1)

@@ -30,7 +30,7 @@ from ...kernels import (
 from ...kernels.faces import autocast_dtype
 from ..batch import PackedBatch
 from ..errors import ConfigError
-from .cache import KVCache, LayerCache
+from .cache import KVCache, LayerCache, oldest_seen
 from .config import Config
 from .embedding import TokenEmbedding
 
@@ -145,14 +145,14 @@ class Transformer(nn.Module):
             batch: a packed batch; or (B, t) int64 ids, with the other arguments of
                 `forward_cached`, which comes this way so that hooks on the root run.
             output: `losses` gives `{"cross_entropy", "z_loss"}`, () fp32 sums over the counted
-                targets; `logits` (T, V) fp32; `entropy` (T,) fp32 nats of each position's prediction,
+                targets; `logits` (T, V) fp32, and what a cached forward gives by default; `entropy` (T,) fp32 nats of each position's prediction,
                 without keeping the logits.
 
         Raises:
             ConfigError: the configured attention does not run on this device and type.
         """
         if isinstance(batch, Tensor):
-            return self._forward_cached(batch, **cached)
+            return self._forward_cached(batch, output, **cached)
         layout = PackedLayout(
             batch.cu_seqlens,
             batch.position_ids,
@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         if output == "logits":
             return linear(x, self.head_weight).float()
         if output == "entropy":
-            return linear_entropy(x, self.head_weight.to(x.dtype))
+            return self._entropy(x)
         entropy, z = linear_cross_entropy(
             x, self.head_weight, batch.targets, self.config.loss_chunk_tokens
         )
@@ -193,20 +193,61 @@ class Transformer(nn.Module):
         """
         return self(tokens, new_lengths=new_lengths, cache=cache)
 
-    def _forward_cached(self, tokens: Tensor, new_lengths: Tensor | None, cache: KVCache) -> Tensor:
+    def entropy_cached(
+        self,
+        tokens: Tensor,
+        new_lengths: Tensor | None,
+        cache: KVCache,
+        first_seen: Tensor | None = None,
+    ) -> Tensor:
+        """Like `forward_cached`, but (B, t) fp32 nats: the entropy of each position's prediction.
+
+        Args:
+            first_seen: (B, t) int64, the first position that each one knows of; None is the sequence's first.
+        """
+        settings = {"new_lengths": new_lengths, "cache": cache, "first_seen": first_seen}
+        return self(tokens, output="entropy", **settings)
+
+    def _forward_cached(
+        self,
+        tokens: Tensor,
+        output: str,
+        new_lengths: Tensor | None,
+        cache: KVCache,
+        first_seen: Tensor | None = None,
+    ) -> Tensor:
         batch, length = tokens.shape
         if new_lengths is None:
             new_lengths = torch.full((batch,), length, dtype=torch.int64, device=tokens.device)
         cache.reserve(length)
         positions = cache.lengths[:, None] + torch.arange(length, device=tokens.device)
         rotary = self._rotary(positions)
-        has_ngrams = self.embedding.ngrams is not None
-        windows = following_windows(cache.recent, tokens) if has_ngrams else None
-        x = self.embedding(tokens, windows)
+        x = self.embedding(tokens, self._following_windows(tokens, cache, positions, first_seen))
+        window, oldest = self.config.window, oldest_seen(positions, self.config.window)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, LayerCache(cache, layer, positions, self.config.window))
+            place = LayerCache(
+                cache, layer, positions, window, first_seen=first_seen, oldest=oldest
+            )
+            x = block(x, rotary, place)
         cache.remember(tokens, new_lengths)
-        return linear(self.norm(x), self.head_weight).float()
+        x = self.norm(x)
+        return self._entropy(x) if output == "entropy" else linear(x, self.head_weight).float()
+
+    def _following_windows(
+        self, tokens: Tensor, cache: KVCache, positions: Tensor, first_seen: Tensor | None
+    ) -> Tensor | None:
+        ngram = self.config.ngram
+        if ngram is None:
+            return None
+        windows = following_windows(cache.recent, tokens)
+        if first_seen is None or not ngram.reset_at_documents:
+            return windows
+        lags = torch.arange(len(windows), device=tokens.device)[:, None, None]
+        return torch.where(lags <= positions - first_seen, windows, ngram.missing_id)
+
+    def _entropy(self, x: Tensor) -> Tensor:
+        """(...) fp32 nats, from normalised states (..., d)."""
+        return linear_entropy(x.flatten(0, -2), self.head_weight.to(x.dtype)).view(x.shape[:-1])
 
     def _check_attention(self, x: Tensor) -> None:
         dtype = autocast_dtype(x) or x.dtype
