@@ -11,13 +11,14 @@ import codecs
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..models.errors import ConfigError
+from ..models.generation import GenerationCache
 from .data.vocabulary import Vocabulary
 from .sampling import Sampling, pick_ids, row_generator
 
@@ -38,12 +39,23 @@ class Completion:
         token_ids: everything generated; the end-of-document id, or the ids of the stop string, included.
         finish_reason: `stop` (a stop string), `eos`, `length` (max_new_tokens), or what a hook gave (`hook`).
         logprobs: natural logarithm of the model's own probability (no temperature, no filter) of each id.
+        prompt_ids: what was continued, with the id that opens a document.
+        patch_starts: places in prompt and generated ids together that start a patch; None in a family without patches.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     logprobs: list[float] | None = None
+    prompt_ids: list[int] = field(default_factory=list)
+    patch_starts: list[int] | None = None
+
+    @property
+    def latent_steps(self) -> int | None:
+        """Steps of the model's latent transformer for the generated ids: each patch that starts in them took one before it."""
+        if self.patch_starts is None:
+            return None
+        return sum(start >= len(self.prompt_ids) for start in self.patch_starts)
 
 
 def generate(
@@ -65,7 +77,7 @@ def generate(
     """Continue each prompt.
 
     Args:
-        network: has `config` and `forward_cached`; its family has a `cache.KVCache`.
+        network: see `models.generation`; `TrainedRun.network_for_generation` gives a run's.
         prompts: a prompt that is given twice is sampled twice, differently.
         max_new_tokens: most ids generated for a prompt.
         temperature: 0 takes the likeliest id each time.
@@ -185,9 +197,10 @@ class GenerationState:
         self._reasons: dict[int, str] = {}
         self._queues: list[list[int]] = [[] for _ in prompts]
         self._rewound: set[int] = set()
+        self._patch_starts: dict[int, list[int] | None] = {}
         self._uniforms: Tensor | None = None
         longest = max(len(prompt) for prompt in prompts)
-        self.cache: Any = _new_cache(network, len(prompts), longest + max_new_tokens)
+        self.cache: GenerationCache = _new_cache(network, len(prompts), longest + max_new_tokens)
         self._device = self.cache.lengths.device
         self.logits = torch.empty(0)
 
@@ -236,11 +249,7 @@ class GenerationState:
         sequence = [*self.prompts[row], *self.generated[row]]
         self.next_ids[slot] = sequence.pop()
         self._rewound.add(row)
-        self.cache.lengths[slot] = len(sequence)
-        history = self.cache.recent.shape[1]
-        recent = [self.cache.missing_id] * history + sequence
-        if history:
-            self.cache.recent[slot] = torch.tensor(recent[-history:], device=self._device)
+        self.cache.rewind(slot, sequence)
 
     def _prefill(self) -> None:
         """Run the prompts through in pieces, keeping the logits after each row's last id."""
@@ -315,10 +324,19 @@ class GenerationState:
         slots = [slot for slot, row in enumerate(self.rows) if row not in self._reasons]
         if len(slots) == len(self.rows):
             return
+        for slot, row in enumerate(self.rows):
+            if row in self._reasons:
+                self._patch_starts[row] = self._starts_of(slot, row)
         self.rows = [self.rows[slot] for slot in slots]
         self.next_ids = [self.next_ids[slot] for slot in slots]
         if self.rows:
             self.cache.select(torch.tensor(slots, device=self._device))
+
+    def _starts_of(self, slot: int, row: int) -> list[int] | None:
+        """Of the ids that are kept: a hook that ends a row drops this step's, whose start the cache knows already."""
+        starts = self.cache.patch_starts(slot)
+        length = len(self.prompts[row]) + len(self.generated[row])
+        return None if starts is None else [start for start in starts if start < length]
 
     def _advance(self) -> None:
         # The longest sequence may have left, and hooks may have shortened the rest.
@@ -330,7 +348,9 @@ class GenerationState:
         ids = self.generated[row]
         text = self._stop.cut(decode_prefix(self.vocabulary, ids))
         scores = None if self._logprobs is None else self._logprobs[row]
-        return Completion(text, list(ids), self._reasons[row], scores)
+        return Completion(
+            text, list(ids), self._reasons[row], scores, self.prompts[row], self._patch_starts[row]
+        )
 
 
 def decode_prefix(vocabulary: Vocabulary, ids: Sequence[int]) -> str:
@@ -359,7 +379,7 @@ class _StopStrings:
         return text[: min(found)] if found else text
 
 
-def _new_cache(network: nn.Module, rows: int, capacity: int) -> Any:
+def _new_cache(network: nn.Module, rows: int, capacity: int) -> GenerationCache:
     """An empty cache of the network's family, found by its module name as the family itself is."""
     family = network.config.family  # type: ignore[union-attr]
     module = importlib.import_module(f"...models.{family}.cache", package=__name__)

@@ -121,6 +121,8 @@ def bytes_of(closed: ClosedPatches, cache: KVCache) -> tuple[list[Tensor], Tenso
     ends = lengths.cumsum(0)
     starts = ends - lengths
     patch = torch.repeat_interleave(lengths)
-    positions = torch.arange(len(patch), device=lengths.device) - starts[patch] + closed.first[patch]
+    positions = (
+        torch.arange(len(patch), device=lengths.device) - starts[patch] + closed.first[patch]
+    )
     sources = [source[closed.rows[patch], positions] for source in cache.sources]
     return sources, starts.int(), lengths.int()

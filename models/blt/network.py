@@ -236,9 +236,7 @@ class LocalDecoder(nn.Module):
         if not self.cross:
             x = x + self.read_one(vectors, decoder_ids)
         reading = (vectors, decoder_ids, self.k)
-        return self.run_blocks(
-            x, rotary, [layout] * len(self.blocks), [reading] * len(self.cross)
-        )
+        return self.run_blocks(x, rotary, [layout] * len(self.blocks), [reading] * len(self.cross))
 
     def make_vectors(self, latents: Tensor) -> Tensor:
         """(P * k, h_D) what bytes read of latents (P, h_G)."""
