@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..models.errors import DataError
+from ..models.errors import ConfigError, DataError
 from .options import overrides_argument, run_argument, run_folder
 
 if TYPE_CHECKING:
-    from ..trainer.generation import Completion
+    from ..trainer.data.vocabulary import Vocabulary
+    from ..trainer.generated_text import TextStream
+    from ..trainer.generation import Completion, GenerationState
 
 __all__ = ["command"]
 
@@ -23,6 +26,7 @@ Examples:
   weft generate runs/quickstart --prompt 'def ' --num-samples 3 --temperature 1 --seed 7
   weft generate runs/quickstart --prompt-file start.py --stop $'\\n\\n' --json
   echo 'class A' | weft generate runs/quickstart --prompt-file -
+  weft generate runs/blt --prompt 'import os' --show-patches
 """
 
 
@@ -81,6 +85,14 @@ Examples:
 @click.option(
     "--step", type=click.IntRange(min=0), help="Checkpoint to load; the newest by default."
 )
+@click.option(
+    "--show-patches", is_flag=True, help="Mark the patches of prompt and text with | (BLT)."
+)
+@click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Print one sample while it is made; by default on a terminal.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a sample.")
 def command(
     run: str,
@@ -95,20 +107,29 @@ def command(
     seed: int,
     num_samples: int,
     step: int | None,
+    show_patches: bool,
+    stream: bool | None,
     as_json: bool,
 ) -> None:
     """Continue texts with the newest weights of RUN. Without a prompt, documents are made up from nothing."""
     folder = run_folder(run)
     texts = [*prompts, *map(_read_prompt, prompt_files)] or [""]
     texts = [text for text in texts for _ in range(num_samples)]
+    streams = _streams(stream, len(texts), as_json)
     from ..trainer.data.vocabulary import open_vocabulary
+    from ..trainer.generated_text import TextStream
     from ..trainer.generation import generate
     from ..trainer.trained import open_trained
 
-    with open_trained(folder, step, overrides) as trained:
+    with open_trained(folder, step, overrides, for_generation=True) as trained:
+        vocabulary = open_vocabulary(trained.config.data.vocabulary)
+        is_main = trained.topology.is_main
+        writer = None
+        if streams and is_main:
+            writer = TextStream(_write, vocabulary, stop, with_borders=show_patches)
         completions = generate(
-            trained.engine.network_for_generation(next(iter(trained.engine.networks))),
-            open_vocabulary(trained.config.data.vocabulary),
+            trained.network_for_generation(),
+            vocabulary,
             texts,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -116,10 +137,49 @@ def command(
             top_k=top_k,
             stop=stop,
             seed=seed,
+            on_token=_watcher(writer, texts[0], show_patches=show_patches),
         )
-        is_main = trained.topology.is_main
-    if is_main:
-        _print_completions(texts, completions, as_json=as_json)
+    if not is_main:
+        return
+    if writer is not None:
+        writer.finish(completions[0])
+        click.echo()
+    elif as_json:
+        _print_json(texts, completions, vocabulary, show_patches=show_patches)
+    else:
+        _print_completions(texts, completions, vocabulary, show_patches=show_patches)
+    if not as_json:
+        _print_latent_steps(completions)
+
+
+def _streams(wanted: bool | None, samples: int, as_json: bool) -> bool:
+    can = samples == 1 and not as_json
+    if wanted and not can:
+        raise click.UsageError(
+            "--stream prints one sample as text; leave out --json, or give one prompt and one sample"
+        )
+    return can and (sys.stdout.isatty() if wanted is None else wanted)
+
+
+def _write(text: str) -> None:
+    click.echo(text, nl=False)
+    sys.stdout.flush()
+
+
+def _watcher(
+    writer: TextStream | None, prompt: str, *, show_patches: bool
+) -> Callable[[GenerationState], None]:
+    """What looks at each step: refuses to show patches where there are none, and writes."""
+
+    def watch(state: GenerationState) -> None:
+        if state.step == 0 and show_patches and state.cache.patch_starts(0) is None:
+            raise ConfigError("--show-patches: this model has no patches; leave it out")
+        if writer is not None:
+            if state.step == 0 and not show_patches:
+                _write(click.style(prompt, bold=True))
+            writer(state)
+
+    return watch
 
 
 def _read_prompt(name: str) -> str:
@@ -129,17 +189,54 @@ def _read_prompt(name: str) -> str:
         raise DataError(f"--prompt-file {name} cannot be read as text: {error}") from error
 
 
-def _print_completions(texts: list[str], completions: list[Completion], *, as_json: bool) -> None:
+def _marked(completion: Completion, vocabulary: Vocabulary) -> str:
+    from ..trainer.generated_text import text_with_borders
+    from ..trainer.generation import decode_prefix
+
+    length = len(decode_prefix(vocabulary, completion.prompt_ids)) + len(completion.text)
+    ids = [*completion.prompt_ids, *completion.token_ids]
+    return text_with_borders(vocabulary, ids, completion.patch_starts or [], length)
+
+
+def _print_json(
+    texts: list[str], completions: list[Completion], vocabulary: Vocabulary, *, show_patches: bool
+) -> None:
+    for text, completion in zip(texts, completions, strict=True):
+        fields: dict[str, Any] = {
+            "prompt": text,
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+            "token_ids": completion.token_ids,
+        }
+        if completion.latent_steps is not None:
+            fields["latent_steps"] = completion.latent_steps
+            fields["latent_steps_per_byte"] = completion.latent_steps / max(1, len(completion.token_ids))  # fmt: skip
+        if show_patches:
+            fields["patches"] = _marked(completion, vocabulary)
+            fields["patch_starts"] = completion.patch_starts
+        click.echo(json.dumps(fields, ensure_ascii=False))
+
+
+def _print_completions(
+    texts: list[str], completions: list[Completion], vocabulary: Vocabulary, *, show_patches: bool
+) -> None:
     for number, (text, completion) in enumerate(zip(texts, completions, strict=True), 1):
-        if as_json:
-            fields = {
-                "prompt": text,
-                "text": completion.text,
-                "finish_reason": completion.finish_reason,
-                "token_ids": completion.token_ids,
-            }
-            click.echo(json.dumps(fields, ensure_ascii=False))
-            continue
         if len(texts) > 1:
             click.secho(f"--- {number} of {len(texts)} ({completion.finish_reason})", dim=True)
-        click.echo(f"{click.style(text, bold=True)}{completion.text}")
+        if show_patches:
+            click.echo(_marked(completion, vocabulary))
+        else:
+            click.echo(f"{click.style(text, bold=True)}{completion.text}")
+
+
+def _print_latent_steps(completions: list[Completion]) -> None:
+    """One line on standard error, so that standard output is the text alone."""
+    known = [(one.latent_steps, len(one.token_ids)) for one in completions if one.latent_steps is not None]  # fmt: skip
+    if not known:
+        return
+    steps, count = (sum(column) for column in zip(*known, strict=True))
+    click.secho(
+        f"{steps:,} latent steps for {count:,} bytes: {steps / max(1, count):.3f} a byte",
+        dim=True,
+        err=True,
+    )

@@ -81,8 +81,8 @@ def _sample(run_dir: Path) -> str:
     from ..trainer.generation import generate
     from ..trainer.trained import open_trained
 
-    with open_trained(run_dir) as trained:
-        network = trained.engine.network_for_generation("model")
+    with open_trained(run_dir, for_generation=True) as trained:
+        network = trained.network_for_generation()
         vocabulary = open_vocabulary(trained.config.data.vocabulary)
         (completion,) = generate(
             network, vocabulary, [PROMPT], max_new_tokens=240, temperature=0.9, top_p=0.95, seed=1

@@ -295,7 +295,8 @@ class BLT(nn.Module):
             ConfigError: the configured attention does not run on this device and type.
         """
         if isinstance(batch, Tensor):
-            assert isinstance(patches, ClosedPatches) and cache is not None
+            assert isinstance(patches, ClosedPatches)
+            assert cache is not None
             return forward_cached(self, batch, patches, cache)
         assert isinstance(patches, Patches)
         if batch.tokens.device.type == "cpu" and not self.config.pad_patches:

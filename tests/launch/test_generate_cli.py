@@ -44,9 +44,9 @@ class OpenedRun:
         self.network = network
         self.topology = Topology(rank=rank)
         self.config = types.SimpleNamespace(data=types.SimpleNamespace(vocabulary="bytes"))
-        self.engine = types.SimpleNamespace(
-            networks={"model": network}, network_for_generation=lambda name: network
-        )
+
+    def network_for_generation(self) -> Any:
+        return self.network
 
     def __enter__(self) -> OpenedRun:
         return self
@@ -63,7 +63,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     trained: Any = types.ModuleType("weft.trainer.trained")
     trained.calls, trained.rank, trained.error = [], 0, None
 
-    def open_trained(folder: Path, step: int | None, overrides: tuple[str, ...]) -> OpenedRun:
+    def open_trained(
+        folder: Path, step: int | None, overrides: tuple[str, ...], **settings: bool
+    ) -> OpenedRun:
         trained.calls.append((folder, step, overrides))
         if trained.error:
             raise trained.error
@@ -152,6 +154,27 @@ def test_without_a_prompt_a_document_is_made_up(
 ) -> None:
     assert weft(monkeypatch, "generate", run, "--temperature", 0, "--max-new-tokens", 4) == 0
     assert capsys.readouterr().out == expected([""], max_new_tokens=4)[0].text + "\n"
+
+
+def test_a_stream_is_what_is_printed_at_the_end(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--prompt", "ab", "--max-new-tokens", 40, "--stop", "zz"]
+    assert weft(monkeypatch, "generate", run, *options, "--no-stream") == 0
+    printed = capsys.readouterr()
+    assert weft(monkeypatch, "generate", run, *options, "--stream") == 0
+    assert capsys.readouterr() == printed
+    assert weft(monkeypatch, "generate", run, *options, "--stream", "--num-samples", 2) == 2
+    assert "--stream prints one sample" in capsys.readouterr().err
+
+
+def test_a_model_without_patches_shows_none(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert weft(monkeypatch, "generate", run, "--show-patches") == 2
+    assert capsys.readouterr().err == (
+        "weft: error: --show-patches: this model has no patches; leave it out\n"
+    )
 
 
 def test_only_rank_0_prints(
