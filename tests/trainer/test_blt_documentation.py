@@ -28,18 +28,23 @@ def test_the_page_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert recipe is not None
     (tmp_path / recipe[1]).write_text(recipe[2])
     commands = [
-        shlex.split(line)[1:] for line in re.findall(r"^(weft (?:train|data) .*)$", text, re.M)
+        shlex.split(line)[1:]
+        for line in re.findall(r"^(weft (?:train|data|generate) .*)$", text, re.M)
     ]
-    assert len(commands) == 5
+    assert len(commands) == 7
+    outputs = []
     for words in commands:
         code, output = weft(words)
         assert code == 0, output
+        outputs.append(output)
     losses = [
         [json.loads(line)["loss"] for line in (tmp_path / "runs" / run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
         for run in ("blt", "blt-stored")
     ]  # fmt: skip
     assert losses[0] == losses[1]
     assert (tmp_path / "patches.png").is_file()
+
+    check_generation(outputs[-2:])
 
     again = ["train", "my-blt.yaml", "run.dir=runs/other"]
     _, output = weft([*again, "model.patching.threshold=1.0"])
@@ -55,3 +60,18 @@ def test_the_page_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyP
     _, output = weft([*again, "model.patching.entropy_model=runs/none"])
     assert "model.patching.entropy_model: runs/none is not a run folder" in output
     assert not (tmp_path / "runs" / "other").exists()
+
+
+def check_generation(outputs: list[str]) -> None:
+    """The page's two commands: borders and the count of steps, and what a run with stored patches gives is what its twin does."""
+    marked, as_json = outputs
+    assert re.search(r"^\S*\|", marked)
+    assert re.search(r"\d+ latent steps for 60 bytes: \d\.\d{3} a byte", marked)
+    samples = [json.loads(line) for line in as_json.splitlines() if line.startswith("{")]
+    assert [len(sample["token_ids"]) for sample in samples] == [20, 20]
+    for sample in samples:
+        assert sample["latent_steps_per_byte"] == sample["latent_steps"] / 20
+    words = ["--prompt", "Weft ", "--prompt", "A run", "--max-new-tokens", "20", "--json"]
+    code, output = weft(["generate", "runs/blt", *words])
+    assert code == 0
+    assert [json.loads(line) for line in output.splitlines() if line.startswith("{")] == samples

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from packing import packed
+from ranks import run_ranks
 from test_blt_cache import networks_of, with_rule
 from torch import nn
+from weft.models.blt.config import Config
 from weft.models.blt.generation import BLTGenerator
 from weft.models.blt.patching import make_patches
+from weft.models.build import build_task
 from weft.trainer import generation
 from weft.trainer.data.vocabulary import ByteVocabulary
+from weft.trainer.distributed import Topology
+from weft.trainer.engines.build import build_engine
+from weft.trainer.engines.config import ParallelConfig, PrecisionConfig
 from weft.trainer.generation import GenerationState, generate
+from weft.trainer.optimization.config import OptimizerConfig
 
 BYTES = ByteVocabulary()
 PROMPTS = ["a", "the quick brown fox\njumps", "", "import numpy as np\n", "zz"]
@@ -91,3 +99,28 @@ def test_a_row_that_a_hook_ends_has_no_patch_start_beyond_its_text() -> None:
     assert BYTES.decode(done.token_ids) == "ab "
     assert done.patch_starts == [0, 1]
     assert done.latent_steps == 0
+
+
+def generate_on_rank(topology: Topology, settings: dict[str, Any]) -> list[list[int]]:
+    """Greedy ids of a BLT and an entropy model that an engine holds; the latter's weights are all alike, patches are cut."""
+    model = with_rule("entropy").model_dump()
+    model["patching"] |= {"threshold": 9.0, "max_length": 3}
+    config = SimpleNamespace(
+        parallel=ParallelConfig(**settings),
+        precision=PrecisionConfig(),
+        optimizer=OptimizerConfig(),
+        run=SimpleNamespace(seed=5),
+    )
+    task = build_task(Config(**model))
+    engine = build_engine(task, config, topology)
+    networks = {name: engine.network_for_generation(name) for name in engine.networks}
+    network = task.network_for_generation(networks)
+    done = generate(network, BYTES, PROMPTS, max_new_tokens=9, ignore_eos=True)
+    assert all(one.latent_steps == 3 for one in done)
+    return [one.token_ids for one in done]
+
+
+def test_sharded_over_two_ranks_like_alone() -> None:
+    where = "test_blt_generation:generate_on_rank"
+    (alone,) = run_ranks(1, where, {"strategy": "single"})
+    assert run_ranks(2, where, {"strategy": "fsdp"}) == [alone, alone]
