@@ -104,7 +104,10 @@ class BLTTask(Task):
         return found
 
     def network_for_generation(self, networks: Mapping[str, nn.Module]) -> nn.Module:
-        return BLTGenerator(networks["model"], networks.get("entropy"))
+        model, entropy = networks["model"], networks.get("entropy")
+        assert isinstance(model, BLT)
+        assert entropy is None or isinstance(entropy, Transformer)
+        return BLTGenerator(model, entropy)
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
         return {"tokens": batch.target_count, "positions": len(batch.tokens)}

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -63,15 +64,19 @@ def test_the_page_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def check_generation(outputs: list[str]) -> None:
-    """The page's two commands: borders and the count of steps, and what a run with stored patches gives is what its twin does."""
+    """The page's two commands: borders and the count of steps, and a run with stored patches gives what its twin does."""
     marked, as_json = outputs
-    assert re.search(r"^\S*\|", marked)
-    assert re.search(r"\d+ latent steps for 60 bytes: \d\.\d{3} a byte", marked)
-    samples = [json.loads(line) for line in as_json.splitlines() if line.startswith("{")]
-    assert [len(sample["token_ids"]) for sample in samples] == [20, 20]
-    for sample in samples:
-        assert sample["latent_steps_per_byte"] == sample["latent_steps"] / 20
-    words = ["--prompt", "Weft ", "--prompt", "A run", "--max-new-tokens", "20", "--json"]
-    code, output = weft(["generate", "runs/blt", *words])
+    assert marked.startswith("# Submit")
+    assert "|" in marked
+    assert re.search(r"\d+ latent steps for 40 bytes: \d\.\d{3} a byte", marked)
+    (sample,) = samples_of(as_json)
+    assert len(sample["token_ids"]) == 20
+    assert sample["latent_steps_per_byte"] == sample["latent_steps"] / 20
+    words = ["--temperature", "0.3", "--seed", "3", "--max-new-tokens", "20", "--json"]
+    code, output = weft(["generate", "runs/blt", "--prompt", "# Submit to a cluster", *words])
     assert code == 0
-    assert [json.loads(line) for line in output.splitlines() if line.startswith("{")] == samples
+    assert samples_of(output) == [sample]
+
+
+def samples_of(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
