@@ -126,11 +126,11 @@ class KVCache(GenerationCache):
 
     def write_sources(self, positions: Tensor, sources: Sequence[Tensor]) -> None:
         for store, new in zip(self.sources, sources, strict=True):
-            self._at(store, positions, new.to(store.dtype))
+            self._at(store, positions, new)
 
     def _at(self, store: Tensor, positions: Tensor, new: Tensor) -> None:
         rows = torch.arange(len(positions), device=positions.device)[:, None]
-        store[rows, positions] = new
+        store[rows, positions] = new.to(store.dtype)
 
     def windows(self, positions: Tensor, longest: int, missing: int) -> Tensor:
         """(longest, B, t) ids at and before each position, as `kernels.packed_windows` gives them."""

@@ -113,14 +113,14 @@ def cached_logits(generator: BLTGenerator, cache: KVCache, parts: list[Tensor]) 
             done[row] += 1
 
 
-def check(config: Config) -> None:
+def check(config: Config, dtype: torch.dtype = torch.float32) -> None:
     parts = documents()
-    networks = networks_of(config)
+    networks = {name: network.to(dtype) for name, network in networks_of(config).items()}
     config = level_in_the_middle(config, networks, parts)
     networks["model"].config = config
     expected, starts = packed_logits(config, networks, parts)
     generator = BLTGenerator(networks["model"], networks.get("entropy"))  # type: ignore[arg-type]
-    cache = KVCache(config, len(parts), max(LENGTHS))
+    cache = KVCache(config, len(parts), max(LENGTHS), dtype=dtype)
     found = cached_logits(generator, cache, parts)
     for row, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours.shape == theirs.shape
@@ -132,6 +132,10 @@ def check(config: Config) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_every_byte_has_the_logits_of_the_packed_forward(rule: str) -> None:
     check(with_rule(rule))
+
+
+def test_in_fp64_too() -> None:
+    check(with_rule("entropy"), torch.float64)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
