@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -85,16 +85,6 @@ class Watchdog:
     def enter(self, phase: Phase) -> None:
         """A phase begins, or one of its rounds: the clock starts anew. Costs well under a microsecond."""
         self._place = (phase, time.monotonic())
-
-    @contextlib.contextmanager
-    def phase(self, name: Phase) -> Iterator[None]:
-        """A phase within another; the outer one's clock starts anew after it."""
-        outer, _ = self._place
-        self.enter(name)
-        try:
-            yield
-        finally:
-            self._place = (outer, time.monotonic())
 
     def dump_path(self, rank: int) -> Path:
         return self._logs / f"hang_{self._attempt:03d}_rank_{rank:05d}.txt"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,10 @@ from ...models.task import LossOutput, ParameterGroup, Task
 from ..distributed import Topology
 from ..optimization.config import OptimizerConfig
 from ..optimization.skip_step import SkipStep
-from ..seeding import seed_micro_batch
 from .config import ParallelConfig, PrecisionConfig
 from .deepspeed_config import Expected, merge_settings
-from .protocol import Engine, StepResult, TensorShard
+from .protocol import StepResult, TensorShard
+from .stepping import SteppingEngine
 from .torch_engine import wrap_blocks
 
 __all__ = ["DeepSpeedEngine"]
@@ -61,7 +61,7 @@ class HeldRange:
     moments: dict[str, Tensor]
 
 
-class DeepSpeedEngine(Engine):
+class DeepSpeedEngine(SteppingEngine):
     """See `Engine`.
 
     Args:
@@ -234,51 +234,20 @@ class DeepSpeedEngine(Engine):
             {kind: state[kind].narrow(0, offset, count) for kind in ("exp_avg", "exp_avg_sq")},
         )
 
-    # Data ranks
-
-    @property
-    def data_rank(self) -> int:
-        return self.topology.rank
-
-    @property
-    def data_ranks(self) -> int:
-        return self.topology.world_size
-
     # Training
 
     def _called_networks(self) -> dict[str, nn.Module]:
         return {**self.networks, self._network_name: self._engine}
 
-    def forward_backward(
-        self, phase: str, micro_batches: Sequence[PackedBatch], counts: Mapping[str, int]
-    ) -> dict[str, Tensor]:
-        sums: dict[str, Tensor] = {}
-        for place, batch in enumerate(micro_batches):
-            self._engine.set_gradient_accumulation_boundary(place == len(micro_batches) - 1)
-            seed_micro_batch(self.seed, batch.sample_ids[0])
-            on_device = batch.to(self.topology.device)
-            output = self.task.losses(self._called_networks(), on_device, phase)
-            terms = [t.weight * t.total.float() / counts[t.count] for t in output.terms.values()]
-            # DeepSpeed averages over the ranks; counts are global, so the sum is wanted.
-            self._engine.backward(sum(terms) * self.data_ranks, scale_wrt_gas=False)
-            for name, term in {**output.terms, **output.metrics}.items():
-                self.count_of[name] = term.count
-                total = term.total.detach().float()
-                sums[name] = sums[name] + total if name in sums else total
-        return sums
+    def _set_sync(self, *, is_last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(is_last)
+
+    def _backward(self, objective: Any) -> None:
+        self._engine.backward(objective, scale_wrt_gas=False)
 
     def step(self, phase: str, learning_rate: float, loss: Tensor | None = None) -> StepResult:
         grad_norm = self._grad_norm()
-        keep = torch.isfinite(grad_norm).float()
-        if loss is not None:
-            keep = keep * torch.isfinite(loss)
-            if self.skip_step is not None:
-                keep = keep * self.skip_step.keep(loss, grad_norm)
-        limit = self.optimizer_config.clip_grad_norm
-        clip = torch.ones_like(grad_norm)
-        if limit is not None:
-            clip = (limit / (grad_norm + 1e-6)).clamp_max(1.0)
-        clip = torch.where(torch.isfinite(clip) & (clip > 0), clip, torch.ones_like(clip))
+        keep, clip = self._decide(grad_norm, loss)
         self._adamw.clip, self._adamw.keep = clip, keep
         for settings in self._adamw.param_groups:
             settings["lr"] = learning_rate * settings["lr_scale"]
@@ -305,13 +274,6 @@ class DeepSpeedEngine(Engine):
     def evaluate(self, batch: PackedBatch) -> LossOutput:
         return self.task.losses(self._called_networks(), batch.to(self.topology.device))
 
-    def sum_over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.data_ranks == 1 or not values:
-            return dict(values)
-        packed = torch.stack([v.detach() for v in values.values()])
-        dist.all_reduce(packed)
-        return dict(zip(values, packed.unbind(), strict=True))
-
     def network_for_generation(self, name: str) -> nn.Module:
         if self.stage == 3:
             raise ConfigError(
@@ -328,13 +290,7 @@ class DeepSpeedEngine(Engine):
             kinds = {f"parameters/{name}": item.weights}
             kinds |= {f"optimizer/{kind}/{name}": t for kind, t in item.moments.items()}
             shards += [TensorShard(k, shapes[name], item.start, t, True) for k, t in kinds.items()]
-        if self.skip_step is not None:
-            window, count = self.skip_step.values, self.skip_step.count
-            for kind, tensor in (("values", window), ("count", count)):
-                place = f"optimizer/skip_step/{kind}"
-                main = self.topology.is_main
-                shards.append(TensorShard(place, tuple(tensor.shape), 0, tensor, main))
-        return shards
+        return [*shards, *self._skip_step_shards()]
 
     def base_shards(self) -> list[TensorShard]:
         return [

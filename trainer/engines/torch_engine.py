@@ -25,16 +25,16 @@ from ..distributed import Topology
 from ..optimization.config import OptimizerConfig
 from ..optimization.skip_step import SkipStep
 from ..optimization.updates import LocalParameter, Updates
-from ..seeding import seed_micro_batch
 from .config import ParallelConfig, PrecisionConfig
 from .gradient_sync import GradientSync
-from .protocol import Engine, StepResult, TensorShard
+from .protocol import StepResult, TensorShard
 from .sharding import flat_range, local_tensor, make_mesh, pick_strategy, shard_networks
+from .stepping import SteppingEngine
 
 __all__ = ["TorchEngine", "wrap_blocks"]
 
 
-class TorchEngine(Engine):
+class TorchEngine(SteppingEngine):
     """See `Engine`.
 
     Args:
@@ -132,46 +132,10 @@ class TorchEngine(Engine):
         dense = [p for n, p in self._named() if p.requires_grad and n not in self._sparse]
         return GradientSync(dense)
 
-    # Data ranks: every strategy so far gives every rank its own data.
-
-    @property
-    def data_rank(self) -> int:
-        return self.topology.rank
-
-    @property
-    def data_ranks(self) -> int:
-        return self.topology.world_size
-
     # Training
-
-    def forward_backward(
-        self, phase: str, micro_batches: Sequence[PackedBatch], counts: Mapping[str, int]
-    ) -> dict[str, Tensor]:
-        sums: dict[str, Tensor] = {}
-        for place, batch in enumerate(micro_batches):
-            self._set_sync(is_last=place == len(micro_batches) - 1)
-            seed_micro_batch(self.seed, batch.sample_ids[0])
-            on_device = batch.to(self.topology.device)
-            with self._autocast():
-                output = self.task.losses(self._called_networks(), on_device, phase)
-            # Gradients are averaged over the data ranks; counts are global, so the sum is wanted.
-            objective = sum(
-                t.weight * t.total.float() / counts[t.count] for t in output.terms.values()
-            )
-            self._backward(objective * self.data_ranks)
-            for name, term in {**output.terms, **output.metrics}.items():
-                self.count_of[name] = term.count
-                total = term.total.detach().float()
-                sums[name] = sums[name] + total if name in sums else total
-        return sums
-
-    # What an engine that wraps the networks does otherwise
 
     def _called_networks(self) -> Mapping[str, nn.Module]:
         return self.networks
-
-    def _backward(self, objective: Any) -> None:
-        objective.backward()
 
     def step(self, phase: str, learning_rate: float, loss: Tensor | None = None) -> StepResult:
         if self._sync is not None:
@@ -181,19 +145,7 @@ class TorchEngine(Engine):
         sparse = self._exchange_sparse(phase)
         names, squares = self._squared_norms(updates, sparse)
         grad_norm = squares.sum().sqrt()
-        keep = torch.isfinite(grad_norm).float()
-        if loss is not None:
-            keep = keep * torch.isfinite(loss)
-            if self.skip_step is not None:
-                keep = keep * self.skip_step.keep(loss, grad_norm)
-        limit = self.optimizer_config.clip_grad_norm
-        clip = (
-            torch.ones_like(grad_norm)
-            if limit is None
-            else (limit / (grad_norm + 1e-6)).clamp_max(1.0)
-        )
-        # A clip factor that is not a number must not reach the kernel, even for a withheld update.
-        clip = torch.where(torch.isfinite(clip) & (clip > 0), clip, torch.ones_like(clip))
+        keep, clip = self._decide(grad_norm, loss)
         self._remember_withheld(phase, names, squares, keep)
         updates.apply(learning_rate, keep, clip, sparse)
         updates.clear_gradients()
@@ -264,13 +216,6 @@ class TorchEngine(Engine):
         with self._autocast():
             return self.task.losses(self.networks, batch.to(self.topology.device))
 
-    def sum_over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.data_ranks == 1 or not values:
-            return dict(values)
-        packed = torch.stack([v.detach() for v in values.values()])
-        dist.all_reduce(packed)
-        return dict(zip(values, packed.unbind(), strict=True))
-
     def network_for_generation(self, name: str) -> nn.Module:
         return self.networks[name]
 
@@ -298,19 +243,7 @@ class TorchEngine(Engine):
                         kind, tuple(item.parameter.shape), place.start, tensor, writer == place.copy
                     )
                 )
-        if self.skip_step is not None:
-            window, count = self.skip_step.values, self.skip_step.count
-            for name, tensor in (("values", window), ("count", count)):
-                shards.append(
-                    TensorShard(
-                        f"optimizer/skip_step/{name}",
-                        tuple(tensor.shape),
-                        0,
-                        tensor,
-                        self.topology.is_main,
-                    )
-                )
-        return shards
+        return [*shards, *self._skip_step_shards()]
 
     def base_shards(self) -> list[TensorShard]:
         shards = []
