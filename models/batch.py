@@ -1,27 +1,82 @@
 """The one batch that every model eats: a flat packed sequence of positions with document boundaries.
 
-Dimensions: T positions of all rows laid end to end, D documents, R rows of S positions (T = R * S).
-Nothing is padded. Documents never cross a row, and attention, scans and convolutions all stop at
-`cu_seqlens`. Side tensors carry what is not a token (image latents, noise levels, patch starts).
+Dimensions: T positions of all rows laid end to end, D documents, R rows of S positions (T = R * S),
+I images. Rows of a stream of text are full; rows of whole documents end in one document of padding
+that carries no loss. Documents never cross a row, and attention, scans and convolutions all stop at
+`cu_seqlens`. Side tensors carry what is not a token (image latents, noise levels, patch starts);
+their names are the constants here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORED", "NEXT_STARTS_PATCH", "PackedBatch"]
+__all__ = [
+    "AFTER_IMAGE",
+    "CAPTION_TARGETS",
+    "IGNORED",
+    "IMAGES",
+    "IMAGE_FIRST",
+    "IMAGE_KEYS",
+    "IMAGE_SPANS",
+    "LATENTS",
+    "MODALITIES",
+    "NEXT_STARTS_PATCH",
+    "NOISE",
+    "TARGET_MODALITY",
+    "TIMESTEPS",
+    "PackedBatch",
+    "positions_of",
+    "targets_of",
+]
 
 IGNORED = -100
 """Target id of a position that carries no loss."""
 NEXT_STARTS_PATCH = "next_starts_patch"
 """Side tensor of stored patches: (T,) bool, whether the byte after each position starts a patch. The first position of
 a document always starts one; asked about the byte *after*, the last position of a row has an answer too."""
+
+MODALITIES = ("text", "image", "speech")
+"""All there are. A run has some of them, text first; a position's modality is an index into the run's own."""
+TARGET_MODALITY = "target_modality"
+"""Side tensor of interleaved data: (T,) uint8, modality of the id each position predicts; 0 where it predicts none."""
+AFTER_IMAGE = "after_image"
+"""Side tensor of interleaved data: (T,) bool, whether an image of its document ends at or before the position."""
+IMAGE_SPANS = "image_spans"
+"""Side tensor of interleaved data: (I, 2) int32, flat positions [start, stop) of each image, ascending. Of images as
+codes too; whether a model attends in both directions inside them is its own affair."""
+LATENTS = "latents"
+"""Side tensor of continuous images: (I, C, H, W) fp32, scaled to unit variance."""
+IMAGE_FIRST = "image_first"
+"""Side tensor of continuous images: (I,) bool, whether scored text of its document follows the image."""
+IMAGE_KEYS = "image_keys"
+"""Side tensor of continuous images: (I, 2) int64, sample id and number of the image in its row: what noise is drawn
+from. An image keeps its key on any number of ranks and in any micro-batch."""
+TIMESTEPS = "timesteps"
+"""Side tensor that `Task.draw` of a diffusion task adds: (I,) int64."""
+NOISE = "noise"
+"""Side tensor that `Task.draw` of a diffusion task adds: (I, C, H, W) fp32."""
+
+IMAGES = "images"
+"""Host count: images of the batch, codes included."""
+CAPTION_TARGETS = "caption_targets"
+"""Host count: counted text targets with an image before them in their document."""
+
+
+def positions_of(modality: str) -> str:
+    """Name of the host count of a modality's positions: the size of its routed part."""
+    return f"{modality}_positions"
+
+
+def targets_of(modality: str) -> str:
+    """Name of the host count of counted targets that are of a modality."""
+    return f"{modality}_targets"
 
 
 @dataclass(frozen=True)
@@ -39,8 +94,11 @@ class PackedBatch:
         source_ids: (R,) host integers: the index of the data source of each row.
         target_count: number of targets that are not `IGNORED`, a host integer, so that no device sync is needed.
         target_bytes: number of raw bytes the counted targets stand for (0 where the vocabulary does not say).
-        modality: (T,) uint8, 0 for text, or None where all is text.
-        side: tensors keyed by name; their first dimension is whatever their model documents.
+        modality: (T,) uint8, of the input: an index into the run's modalities, 0 for text (the ids that open and
+            close an image among it); None where all is text.
+        side: tensors keyed by name; their first dimension is what the name's constant or their model documents.
+        host_counts: integers that are known on the host, so that no device sync is needed: of interleaved data
+            `positions_of` and `targets_of` each modality, `CAPTION_TARGETS`, `IMAGES`.
     """
 
     tokens: Tensor
@@ -55,6 +113,7 @@ class PackedBatch:
     target_bytes: int = 0
     modality: Tensor | None = None
     side: dict[str, Tensor] = field(default_factory=dict)
+    host_counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:

@@ -122,6 +122,17 @@ class Task(ABC):
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs (forward and backward) of one position, by the family's published formula."""
 
+    def draw(self, batch: PackedBatch, seed: int) -> PackedBatch:
+        """The batch with what is random in it, such as the noise on its images: made on the host, ahead of the step.
+
+        Must be a function of (seed, `IMAGE_KEYS`) alone, so that neither ranks nor micro-batches change it.
+
+        Args:
+            batch: on the CPU.
+            seed: of the run; a fixed one in evaluation.
+        """
+        return batch
+
     def base_weights(self, networks: Mapping[str, nn.Module]) -> list[BaseWeights]:
         """Parameters that other runs supply."""
         return []
