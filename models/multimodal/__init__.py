@@ -1,0 +1,1 @@
+"""What models of text, images and speech share: routed layers, image stems, losses; a family brings its backbone."""
