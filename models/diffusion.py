@@ -23,7 +23,7 @@ LINEAR_BETAS = (1e-4, 0.02)
 
 
 def alphas_bar(schedule: Literal["cosine", "linear"], timesteps: int) -> Tensor:
-    """(T,) fp64, the share of signal variance at each noise level.
+    """(T,) fp64 on the CPU, whatever the default device: the share of signal variance at each noise level.
 
     cosine: f(u) = cos^2((u + s)/(1 + s) pi/2), beta_i = min(1 - f((i+1)/T)/f(i/T), 0.999); arXiv 2102.09672, equation 17.
     linear: beta from 1e-4 to 0.02 at T = 1000; arXiv 2006.11239, section 4.
@@ -31,9 +31,9 @@ def alphas_bar(schedule: Literal["cosine", "linear"], timesteps: int) -> Tensor:
     if schedule == "linear":
         scale = 1000 / timesteps
         low, high = (min(scale * beta, LARGEST_BETA) for beta in LINEAR_BETAS)
-        betas = torch.linspace(low, high, timesteps, dtype=torch.float64)
+        betas = torch.linspace(low, high, timesteps, dtype=torch.float64, device="cpu")
     else:
-        at = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+        at = torch.arange(timesteps + 1, dtype=torch.float64, device="cpu") / timesteps
         signal = torch.cos((at + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2) ** 2
         betas = (1 - signal[1:] / signal[:-1]).clamp(max=LARGEST_BETA)
     return torch.cumprod(1 - betas, 0)
