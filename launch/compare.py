@@ -12,7 +12,8 @@ from ..models.errors import ConfigError
 from .options import print_table, run_folder
 
 if TYPE_CHECKING:
-    from ..trainer.compare import Comparison
+    from ..trainer.compare import ComparedRun, Comparison
+    from ..trainer.matching import Matching
 
 __all__ = ["command"]
 
@@ -23,6 +24,7 @@ Examples:
   weft compare runs/blt runs/bpe --metric eval/bits_per_byte --plot compare.png
   weft compare runs/* --against inference-flops
   weft compare runs/a runs/b --metric loss --against tokens --smooth 50 --json compare.json
+  weft compare runs/dense runs/dense-2 runs/mixture --baseline runs/dense --metric eval/image_loss --metric eval/text_loss
 """
 MODEL_COLUMNS = (
     "run",
@@ -42,7 +44,14 @@ MODEL_COLUMNS = (
 @click.argument("runs", metavar="RUN RUN...", nargs=-1, required=True)
 @click.option(
     "--metric",
-    help="bits_per_byte, loss or eval/NAME; smaller is better. Bits per byte by default.",
+    "metrics",
+    multiple=True,
+    help="bits_per_byte, loss or eval/NAME; smaller is better. Bits per byte by default; several with --baseline.",
+)
+@click.option(
+    "--baseline",
+    metavar="RUN",
+    help="The share of this run's cost that each other needs to match it, by each metric.",
 )
 @click.option(
     "--against",
@@ -62,7 +71,8 @@ MODEL_COLUMNS = (
 )
 def command(
     runs: tuple[str, ...],
-    metric: str | None,
+    metrics: tuple[str, ...],
+    baseline: str | None,
     against: str,
     smooth: int | None,
     json_path: str | None,
@@ -73,30 +83,51 @@ def command(
     Reads metrics.jsonl and config.yaml only. FLOPs are counted alike for every family, with and without the models that a
     run calls besides its own (BLT's entropy model); parameters without hashed tables, which stand apart.
     """
-    from ..trainer.compare import compare_runs
+    folders = [run_folder(run) for run in runs]
+    found: Comparison | Matching
+    if baseline is not None:
+        from ..trainer.matching import match_baseline
 
-    found = compare_runs(
-        [run_folder(run) for run in runs], metric=metric, against=against, window=smooth
-    )
+        if smooth is not None or against == "inference-flops":
+            raise ConfigError("--baseline takes no --smooth and no --against inference-flops")
+        chosen = metrics or ("eval/loss",)
+        found = match_baseline(folders, run_folder(baseline), chosen, against=against)
+    else:
+        from ..trainer.compare import compare_runs
+
+        if len(metrics) > 1:
+            raise ConfigError(
+                f"{len(metrics)} metrics without --baseline; name the run that the others are to match, or one metric"
+            )
+        metric = metrics[0] if metrics else None
+        found = compare_runs(folders, metric=metric, against=against, window=smooth)
     if json_path == "-":
         click.echo(json.dumps(found.as_dict(), indent=1))
     else:
-        _print(found)
+        _show(found)
     if json_path and json_path != "-":
         _write_json(found, Path(json_path))
     if plot_path:
-        from ..trainer.metrics.compare_plot import plot_comparison
-
-        try:
-            plot_comparison(found, plot_path)
-        except OSError as error:
-            raise ConfigError(
-                f"{plot_path} cannot be written: {error.strerror}; give --plot another path"
-            ) from error
+        _draw(found, plot_path)
         click.echo(f"drawn in {plot_path}", err=json_path == "-")
 
 
-def _write_json(found: Comparison, path: Path) -> None:
+def _draw(found: Comparison | Matching, path: Path) -> None:
+    from ..trainer.matching import Matching
+    from ..trainer.metrics.compare_plot import plot_comparison, plot_matching
+
+    try:
+        if isinstance(found, Matching):
+            plot_matching(found, path)
+        else:
+            plot_comparison(found, path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}; give --plot another path"
+        ) from error
+
+
+def _write_json(found: Comparison | Matching, path: Path) -> None:
     from ..trainer.files import write_json
 
     try:
@@ -108,14 +139,46 @@ def _write_json(found: Comparison, path: Path) -> None:
     click.echo(f"written to {path}")
 
 
-def _print(found: Comparison) -> None:
-    unit = "byte" if all(run.costs.per_byte for run in found.runs) else "byte or token"
+def _show(found: Comparison | Matching) -> None:
+    from ..trainer.matching import Matching
+
+    _print_models(found.runs)
+    if isinstance(found, Matching):
+        _print_matching(found)
+    else:
+        _print(found)
+    for note in found.notes:
+        click.echo(f"note: {note}")
+
+
+def _print_models(runs: list[ComparedRun]) -> None:
+    unit = "byte" if all(run.costs.per_byte for run in runs) else "byte or token"
     print_table(
         f"Models: parameters, and FLOPs a {unit}",
         MODEL_COLUMNS,
-        _model_rows(found),
+        _model_rows(runs),
         right=range(2, len(MODEL_COLUMNS)),
     )
+
+
+def _print_matching(found: Matching) -> None:
+    columns = ("run", "metric", f"final of {found.baseline}", "its own", "share", "by slope")
+    rows = [
+        (
+            match.run + (" (control)" if match.is_control else ""),
+            match.metric,
+            f"{found.targets[match.metric]:.4f}",
+            f"{match.final:.4f}",
+            "> 100 %" if match.share is None else f"{100 * match.share:.1f} %",
+            "-" if match.slope is None else f"{100 * match.slope:.1f} %",
+        )
+        for match in found.matches
+    ]
+    title = f"{_title(found.against)} to match {found.baseline}"
+    print_table(title, columns, rows, right=range(2, 6))
+
+
+def _print(found: Comparison) -> None:
     name = found.metric
     columns: tuple[str, ...] = (
         "run",
@@ -136,19 +199,17 @@ def _print(found: Comparison) -> None:
         )
     for line in _crossing_lines(found):
         click.echo(line)
-    for note in found.notes:
-        click.echo(f"note: {note}")
 
 
 def _title(against: str) -> str:
     return "FLOPs" if against == "training-flops" else against.capitalize()
 
 
-def _model_rows(found: Comparison) -> list[tuple[str, ...]]:
+def _model_rows(runs: list[ComparedRun]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for run in found.runs:
+    for run in runs:
         costs = run.costs
-        mark = "" if costs.per_byte == found.runs[0].costs.per_byte else " a token"
+        mark = "" if costs.per_byte == runs[0].costs.per_byte else " a token"
         rows.append(
             (
                 run.name,

@@ -23,7 +23,17 @@ from .metrics.costs import Costs, model_costs
 from .metrics.curves import Crossover, Curve, crossover, first_reach, smoothed
 from .metrics.records import METRICS_FILE, plain_json, read_metrics
 
-__all__ = ["AXES", "ComparedRun", "Comparison", "Match", "compare_runs", "read_run"]
+__all__ = [
+    "AXES",
+    "ComparedRun",
+    "Comparison",
+    "Match",
+    "check_vocabularies",
+    "compare_runs",
+    "metric_curve",
+    "read_run",
+    "read_runs",
+]
 
 AXES = ("training-flops", "inference-flops", "bytes", "tokens", "seconds")
 POINT_AXIS = "inference-flops"
@@ -204,14 +214,10 @@ def compare_runs(
             or bytes of a vocabulary that has none.
         DataError: a run without records, or without this metric.
     """
-    if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
-        raise ConfigError(
-            f"found {len(folders)} runs to compare, expected two or more different ones; name another run folder"
-        )
-    runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    runs = read_runs(folders)
     chosen = metric or _usual_metric(runs)
-    _check_vocabularies(runs, chosen)
-    curves = [_curve(run, chosen, against) for run in runs]
+    check_vocabularies(runs, chosen)
+    curves = [metric_curve(run, chosen, against) for run in runs]
     windows = [window or _usual_window(curve, chosen) for curve in curves]
     smooth = [smoothed(curve, size) for curve, size in zip(curves, windows, strict=True)]
     is_points = against == POINT_AXIS
@@ -227,6 +233,20 @@ def compare_runs(
         frontier=_frontier(runs, smooth),
         notes=_notes(runs, chosen),
     )
+
+
+def read_runs(folders: Sequence[Path]) -> list[ComparedRun]:
+    """Several runs, with names that tell them apart.
+
+    Raises:
+        ConfigError: fewer than two, or one named twice.
+        DataError: one has no records of training.
+    """
+    if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
+        raise ConfigError(
+            f"found {len(folders)} runs to compare, expected two or more different ones; name another run folder"
+        )
+    return [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
 
 
 def read_run(folder: Path, name: str | None = None) -> ComparedRun:
@@ -292,7 +312,8 @@ def _usual_window(curve: Curve, metric: str) -> int:
     return max(USUAL_WINDOW, round(USUAL_WINDOW_SHARE * len(curve)))
 
 
-def _check_vocabularies(runs: list[ComparedRun], metric: str) -> None:
+def check_vocabularies(runs: list[ComparedRun], metric: str) -> None:
+    """Raises: ConfigError: runs of different vocabularies, and a metric that depends on them."""
     if metric.rpartition("/")[2].startswith("bits_per_byte"):
         return
     first = runs[0]
@@ -304,7 +325,12 @@ def _check_vocabularies(runs: list[ComparedRun], metric: str) -> None:
             )
 
 
-def _curve(run: ComparedRun, metric: str, against: str) -> Curve:
+def metric_curve(run: ComparedRun, metric: str, against: str) -> Curve:
+    """A metric of a run over a cost.
+
+    Raises:
+        DataError: the run has no finite value of it; names those it has.
+    """
     curve = run.curve(metric, against)
     if not len(curve):
         known = {name for record in run.records for name in record if _is_metric(name)}
@@ -316,7 +342,10 @@ def _curve(run: ComparedRun, metric: str, against: str) -> Curve:
 
 def _is_metric(name: str) -> bool:
     """What is worth naming; held-out values of single sources are there as well."""
-    return name.removeprefix("eval/") in ("loss", "bits_per_byte", "perplexity")
+    short = name.removeprefix("eval/")
+    return short in ("loss", "bits_per_byte", "perplexity", "denoising") or (
+        "/" not in short and short.endswith("_loss") and short != "z_loss"
+    )
 
 
 def _matches(runs: list[ComparedRun], curves: list[Curve]) -> list[Match]:

@@ -135,3 +135,27 @@ def test_nothing_of_it_imports_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", "; ".join(lines)], check=False)
     assert done.returncode == 0
+
+
+def test_runs_against_a_baseline(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, wide, picture = str(runs / "small"), str(runs / "wide"), runs / "match.png"
+    metrics = ("--metric", "loss", "--metric", "eval/loss")
+    code, out, err = weft(
+        monkeypatch,
+        capsys,
+        *("compare", small, wide, "--baseline", small, *metrics, "--plot", str(picture)),
+    )
+    assert code == 0, err
+    for words in ("FLOPs to match small", "final of small", "by slope", "note: no control"):
+        assert words in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, _, err = weft(monkeypatch, capsys, "compare", small, wide, *metrics)
+    assert code == 2
+    assert err.startswith("weft: error: 2 metrics without --baseline;")
+    code, _, err = weft(
+        monkeypatch, capsys, "compare", small, wide, "--baseline", small, "--smooth", "3"
+    )
+    assert code == 2
+    assert "takes no --smooth" in err

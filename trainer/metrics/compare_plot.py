@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..compare import POINT_AXIS, Comparison
+from ..matching import Matching
 from .drawing import INK, MUTED, new_figure, save_figure, short_count, style_axes, thin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_comparison"]
+__all__ = ["plot_comparison", "plot_matching"]
 
 COLORS = (
     "#2f6f9f",
@@ -69,6 +70,49 @@ def plot_comparison(comparison: Comparison, path: Path | str) -> Path:
     target = Path(path)
     save_figure(figure, target)
     return target
+
+
+def plot_matching(found: Matching, path: Path | str) -> Path:
+    """Draw runs against a baseline: a panel a metric, the baseline's final value as a dashed line.
+
+    Args:
+        path: of the PNG.
+
+    Returns:
+        Where the PNG is.
+    """
+    count = len(found.metrics)
+    figure = new_figure(max(7.0, 5.2 * count), 4.8)
+    for place, metric in enumerate(found.metrics):
+        axes = figure.add_subplot(1, count, place + 1)
+        style_axes(axes)
+        _draw_matching(axes, found, metric)
+        axes.set_xlabel(X_LABELS[found.against], fontsize=10, color=INK)
+        axes.xaxis.set_major_formatter(lambda value, position: short_count(value))
+        held_out, _, name = metric.rpartition("/")
+        label = Y_LABELS.get(name, name.replace("_", " "))
+        axes.set_ylabel(f"held-out {label}" if held_out else label, fontsize=10, color=INK)
+        axes.legend(frameon=False, fontsize=9, loc="upper right", labelcolor=INK)
+    target = Path(path)
+    save_figure(figure, target)
+    return target
+
+
+def _draw_matching(axes: Axes, found: Matching, metric: str) -> None:
+    shares = {match.run: match.share for match in found.matches if match.metric == metric}
+    curves = [found.curves[metric, run.name] for run in found.runs]
+    for i, (run, curve) in enumerate(zip(found.runs, curves, strict=True)):
+        share = shares.get(run.name)
+        note = "" if share is None else f", {100 * share:.0f} %"
+        color = COLORS[i % len(COLORS)]
+        axes.plot(*thin((curve.x, curve.y)), color=color, linewidth=1.6, label=f"{run.name}{note}")
+    target = found.targets[metric]
+    axes.axhline(target, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.2)
+    low = min(float(curve.y.min()) for curve in curves)
+    high = max(float(curve.y[len(curve) // 10]) for curve in curves)
+    margin = 0.08 * max(high - low, 1e-3)
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_xlim(0, 1.02 * max(float(curve.x[-1]) for curve in curves))
 
 
 def _draw_curves(axes: Axes, comparison: Comparison) -> None:
