@@ -40,6 +40,7 @@ class ParameterGroup:
         weight_decay: whether the configured decay applies.
         lr_scale: factor on the scheduled learning rate.
         phase: the phase whose step updates it.
+        averaged: whether `optimizer.ema_decay` keeps an average of it; never of tables that are updated by row.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ParameterGroup:
     weight_decay: bool = True
     lr_scale: float = 1.0
     phase: str = "train"
+    averaged: bool = True
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Sums of batches go to the host in one copy a source, and every rank adds the sam
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -147,6 +148,19 @@ def evaluate(
     Returns:
         None where any rank was asked to stop.
     """
+    weights = engine.averaged() if config.ema else contextlib.nullcontext()
+    with weights:
+        return _evaluate_sources(engine, task, data, config, micro_batch_tokens, should_stop)
+
+
+def _evaluate_sources(
+    engine: Engine,
+    task: Task,
+    data: Dataset,
+    config: EvalConfig,
+    micro_batch_tokens: int | None,
+    should_stop: Callable[[], bool] | None,
+) -> Evaluation | None:
     tokens = config.batch_tokens or micro_batch_tokens or DEFAULT_BATCH_TOKENS
     rows = max(1, tokens // data.sequence_length)
     byte_lengths = data.vocabulary.token_byte_lengths()

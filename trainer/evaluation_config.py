@@ -14,6 +14,10 @@ class EvalConfig(Section):
 
     every: int | None = Field(None, gt=0, description="steps between evaluations; null is never")
     at_end: bool = Field(True, description="evaluate after the last step")
+    ema: bool = Field(
+        True,
+        description="use the averages of weights where the run keeps them (optimizer.ema_decay); generation goes by this too",
+    )
     max_tokens: int | None = Field(
         None, gt=0, description="positions evaluated of each source; null is all"
     )

@@ -65,6 +65,8 @@ def open_run(
     if is_new and config.checkpoint.start_from:
         start_from(engine, checkpoints, config)
     base_weights = load_base_weights(task, engine, checkpoints, is_new=is_new, known=known)
+    if is_new:
+        engine.start_averages()
     if state.step >= config.train.steps:
         raise ConfigError(
             f"{config.run_dir} is finished: it stands at step {state.step} of train.steps={config.train.steps}; raise train.steps to go on"

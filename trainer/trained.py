@@ -7,7 +7,7 @@ run folder's checkpoints are left as they are, so a run that is going on can be 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from ..models.errors import CheckpointError
 from ..models.task import Task
 from .base_weights import load_base_weights
 from .checkpoint.manager import CheckpointManager
+from .checkpoint.reading import read_manifest
 from .configuration.load import load_run_config
 from .configuration.schema import TrainingConfig
 from .distributed import Topology, initialise_distributed, shutdown_distributed
 from .engines.build import build_engine
-from .engines.protocol import Engine
+from .engines.protocol import Engine, TensorShard
 
 __all__ = ["TrainedRun", "open_trained"]
 
@@ -88,13 +89,24 @@ def open_trained(
         path = _find_checkpoint(manager, folder, step)
         task = build_task(config.model)
         engine = build_engine(task, config, topology, trains=False)
-        weights = [shard for shard in engine.state_shards() if shard.name.startswith("parameters/")]
-        loaded = manager.load(path, weights)
+        loaded = manager.load(path, _wanted_weights(engine, path, config))
         known = loaded.state.get("base_weights", {})
         load_base_weights(task, engine, manager, is_new=False, known=known)
     finally:
         manager.close()
     return TrainedRun(folder, config, topology, task, engine, loaded.step, loaded.state)
+
+
+def _wanted_weights(engine: Engine, path: Path, config: TrainingConfig) -> list[TensorShard]:
+    """The weights, or their averages where the checkpoint has them and they are wanted."""
+    stored = read_manifest(path).tensors if config.eval.ema else {}
+    wanted = []
+    for shard in engine.state_shards():
+        kind, _, name = shard.name.partition("/")
+        if kind == "parameters":
+            average = f"ema/{name}"
+            wanted.append(replace(shard, name=average) if average in stored else shard)
+    return wanted
 
 
 def _find_checkpoint(manager: CheckpointManager, run_dir: Path, step: int | None) -> Path:

@@ -45,8 +45,10 @@ __all__ = ["CheckpointManager", "LoadedCheckpoint"]
 log = logging.getLogger("weft.checkpoint")
 
 POLL_S = 0.02
-OPTIONAL_STATE = ("optimizer/skip_step/",)
-"""State that may be absent from a checkpoint: a rule that was switched on since starts with an empty window."""
+OPTIONAL_STATE = ("optimizer/skip_step/", "ema/")
+"""State that may be absent from a checkpoint: a rule that was switched on since starts with an empty window, averages of
+weights start from the weights.
+"""
 
 
 @dataclass(frozen=True)
@@ -367,6 +369,8 @@ class CheckpointManager:
         _check_names(path, manifest, shards, complete=complete)
         for shard in shards:
             stored = manifest.tensors.get(shard.name)
+            if stored is None and shard.name.startswith("ema/"):
+                stored = manifest.tensors[f"parameters/{shard.name.removeprefix('ema/')}"]
             if stored is not None:
                 flat = torch.empty(shard.tensor.numel(), dtype=shard.tensor.dtype)
                 read_range(path, stored, shard.start, flat)

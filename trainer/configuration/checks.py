@@ -129,6 +129,15 @@ def _strategy_of_engine(config: TrainingConfig) -> Iterator[str]:
         yield "parallel.compile: DeepSpeed's hooks do not go with it; set parallel.compile=false, or parallel.engine=torch"
 
 
+def _averages_of_engine(config: TrainingConfig) -> Iterator[str]:
+    engine = config.parallel.engine
+    if config.optimizer.ema_decay is not None and engine != "torch":
+        yield (
+            f"optimizer.ema_decay: engine {engine} keeps no averages of weights; set parallel.engine=torch, or "
+            "optimizer.ema_decay=null"
+        )
+
+
 def _skip_step_can_apply(config: TrainingConfig) -> Iterator[str]:
     optimizer = config.optimizer
     if optimizer.skip_step and optimizer.skip_step_minimum > optimizer.skip_step_window + 1:
@@ -156,6 +165,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("model.patching", "data.vocabulary"), _patches_of_bytes),
     (("parallel",), _mesh_only_for_hsdp),
     (("parallel",), _strategy_of_engine),
+    (("optimizer", "parallel"), _averages_of_engine),
     (("optimizer",), _skip_step_can_apply),
     (("checkpoint", "eval"), _best_can_be_told),
 )

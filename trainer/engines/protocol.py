@@ -8,6 +8,7 @@ of ranks can produce and fill.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class TensorShard:
     """A contiguous range, in row-major order, of one logical tensor; the part this rank holds.
 
     Args:
-        name: `parameters/NETWORK/dotted.name`, or `optimizer/KIND/NETWORK/dotted.name` with KIND
+        name: `parameters/NETWORK/dotted.name`, `ema/NETWORK/dotted.name`, or `optimizer/KIND/NETWORK/dotted.name` with KIND
             `exp_avg` or `exp_avg_sq`, or `optimizer/NAME` for state that belongs to no parameter.
         shape: the whole tensor's shape.
         start: first flat element held here.
@@ -120,6 +121,13 @@ class Engine(ABC):
     @abstractmethod
     def base_shards(self) -> list[TensorShard]:
         """Parameters whose weights stay in another run, as ranges held by this rank; nobody writes them."""
+
+    def start_averages(self) -> None:  # noqa: B027 - not every engine keeps averages
+        """A new run's weights are all there: averages of weights begin as copies of them."""
+
+    def averaged(self) -> contextlib.AbstractContextManager[Any]:
+        """The networks compute with the averages of their weights meanwhile, where the run keeps them."""
+        return contextlib.nullcontext()
 
     def after_load(self) -> None:  # noqa: B027 - most engines compute with the shards themselves
         """Collective: the shards were filled from outside; what is computed with has to follow them."""

@@ -22,6 +22,7 @@ from ...models.errors import ConfigError
 from ...models.initialise import fill_range
 from ...models.task import LossOutput, Task
 from ..distributed import Topology
+from ..optimization.averages import WeightAverages
 from ..optimization.config import OptimizerConfig
 from ..optimization.skip_step import SkipStep
 from ..optimization.updates import LocalParameter, Updates
@@ -82,6 +83,7 @@ class TorchEngine(SteppingEngine):
                 )
                 for phase in phases
             }
+        self.averages = self._build_averages(optimizer.ema_decay if trains else None)
         self.skip_step = (
             SkipStep(optimizer, topology.device) if optimizer.skip_step and trains else None
         )
@@ -126,6 +128,34 @@ class TorchEngine(SteppingEngine):
                 local, self.task.init_spec(name), seed=self.seed, name=name, start=place.start
             )
 
+    def _build_averages(self, decay: float | None) -> dict[str, WeightAverages]:
+        """By phase; of what AdamW updates, since a copy of huge tables is not to be had for a step that touches few rows."""
+        if decay is None:
+            return {}
+        return {
+            phase: WeightAverages(
+                {
+                    name: self.parameters[name]
+                    for group in self.groups
+                    if group.phase == phase and group.algorithm == "adamw" and group.averaged
+                    for name in group.parameters
+                },
+                decay,
+            )
+            for phase in self.updates
+        }
+
+    def start_averages(self) -> None:
+        for averages in self.averages.values():
+            averages.restart()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for averages in self.averages.values():
+                stack.enter_context(averages.in_place_of_weights())
+            yield
+
     def _build_sync(self) -> GradientSync | None:
         if self.strategy != "ddp":
             return None
@@ -148,6 +178,8 @@ class TorchEngine(SteppingEngine):
         keep, clip = self._decide(grad_norm, loss)
         self._remember_withheld(phase, names, squares, keep)
         updates.apply(learning_rate, keep, clip, sparse)
+        if phase in self.averages:
+            self.averages[phase].update(keep)
         updates.clear_gradients()
         return StepResult(grad_norm, 1.0 - keep)
 
@@ -234,6 +266,9 @@ class TorchEngine(SteppingEngine):
                 kinds |= {
                     f"optimizer/{kind}/{name}": t for kind, t in updates.moments(item).items()
                 }
+            for averages in self.averages.values():
+                if name in averages.tensors:
+                    kinds[f"ema/{name}"] = averages.tensors[name]
             for kind, tensor in kinds.items():
                 # Of the copies of a range, the one that has least to write so far writes it.
                 writer = min(range(place.copies), key=written.__getitem__)

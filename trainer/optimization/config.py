@@ -23,6 +23,12 @@ class OptimizerConfig(Section):
     clip_grad_norm: float | None = Field(
         1.0, gt=0, description="largest global gradient norm; null is no clipping"
     )
+    ema_decay: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="decay of a moving average of the weights, which evaluation and generation then use; null keeps none",
+    )
     sparse_lr_scale: float = Field(1.0, gt=0, description="factor on the rate of row-sparse tables")
     skip_step: bool = Field(
         False, description="withhold updates whose loss or gradient norm is an outlier (OLMo 2 32B)"

@@ -139,6 +139,9 @@ def count_memory(config: TrainingConfig, layout: Layout, fixed_bytes: int) -> Me
     size = COMPUTE_BYTES[config.precision.compute]
     make = _zero_state if layout.strategy.startswith("zero") else _torch_state
     state = make(sizes, layout, size, fixed_bytes)
+    if config.optimizer.ema_decay is not None:
+        averages = -(-sizes.dense // layout.shard_ranks) * MASTER_BYTES
+        state = replace(state, optimizer=state.optimizer + averages)
     blocks = round(sizes.blocks / sizes.block)
     moments = [
         _backward_begins(state, sizes, layout, size, parts),

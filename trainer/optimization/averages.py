@@ -1,0 +1,71 @@
+"""Exponential moving averages of weights: what diffusion models and tokenizers are sampled and scored with.
+
+Plain fp32 ranges beside the weights that a rank holds, so that they are checkpointed like any other state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from .updates import LocalParameter
+
+__all__ = ["WeightAverages"]
+
+
+class WeightAverages:
+    """Averages of some parameters, begun as copies of them.
+
+    Args:
+        items: by logical name.
+        decay: a step leaves `decay * average + (1 - decay) * weight`.
+    """
+
+    def __init__(self, items: Mapping[str, LocalParameter], decay: float) -> None:
+        self.items, self.decay = dict(items), decay
+        self.tensors = {
+            name: item.leaf.detach().to(torch.float32, copy=True)
+            for name, item in self.items.items()
+        }
+
+    def restart(self) -> None:
+        """Begin anew with the weights as they are."""
+        for name, item in self.items.items():
+            item.refresh()
+            self.tensors[name].copy_(item.leaf.detach())
+
+    @torch.no_grad()
+    def update(self, keep: Tensor) -> None:
+        """Take in the weights as a step left them.
+
+        Args:
+            keep: () 0 where the step was withheld: then nothing happened that could be averaged.
+        """
+        if not self.tensors:
+            return
+        averages = list(self.tensors.values())
+        weights = [item.leaf.detach().float() for item in self.items.values()]
+        steps = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(steps, keep * (1.0 - self.decay))
+        torch._foreach_add_(averages, steps)
+
+    @contextlib.contextmanager
+    def in_place_of_weights(self) -> Iterator[None]:
+        """The networks compute with the averages meanwhile."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, item in self.items.items():
+            item.refresh()
+            weight, average = item.leaf.detach(), self.tensors[name]
+            held = weight.clone()
+            weight.copy_(average)
+            average.copy_(held)
