@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -47,6 +48,9 @@ class LocalEngine:
         self.batches.append(batch)
         with torch.no_grad():
             return self.task.losses(self.networks, batch)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class ThreadTopology(Topology):
