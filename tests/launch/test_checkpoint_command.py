@@ -145,6 +145,23 @@ def test_list_names_what_it_can_see_without_reading_data(
     assert ("complete" not in row.replace("not a complete", "")) == is_visible
 
 
+def test_list_says_what_is_wrong_in_the_row_however_long_the_path_of_the_run(
+    sound: Path, tmp_path: Path
+) -> None:
+    """The folder stands in the title; in the row it would break the sentence at a place of its own."""
+    run = tmp_path / ("long" * 30) / "run"
+    shutil.copytree(sound, run)
+    remove_manifest(run, 4)
+    cut_manifest(run, 6)
+    lines = weft_checkpoint(run, "list").output.splitlines()
+    states = {line.split()[0]: line[58:].strip() for line in lines if line.split()}
+    assert states["2"] == "complete"
+    assert states["4"] == (
+        "not a complete checkpoint: its manifest cannot be read (No such file or directory)"
+    )
+    assert states["6"].startswith("manifest.json is damaged: ")
+
+
 def test_verify_says_so_of_each_sound_checkpoint(sound: Path) -> None:
     result = weft_checkpoint(sound, "verify")
     assert result.exception is None
@@ -170,6 +187,7 @@ def test_verify_names_the_damage_and_offers_the_newest_sound_one(
     assert said
     assert all(line.startswith(f"{folder_of(run, 6)}: ") for line in said)
     assert DAMAGES[damage] in said[0]
+    assert said[0].count(str(run)) == 1
 
 
 def test_every_single_byte_of_a_file_is_looked_at(run: Path) -> None:

@@ -33,6 +33,7 @@ from .layout import MANIFEST, Manifest, checkpoints_folder, step_folder
 from .reading import (
     CheckpointInfo,
     list_checkpoints,
+    manifest_problem,
     read_manifest,
     read_range,
     structure_problem,
@@ -343,7 +344,7 @@ class CheckpointManager:
                 else list(verify_files(path, manifest, sorted(manifest.files)[rank::world]))
             )
         except CheckpointError as error:
-            mine = [str(error)]
+            mine = [manifest_problem(path, error)]
         found = [line for lines in self.topology.gather_json(mine) for line in lines]
         if not found:
             self._verified.add(path)

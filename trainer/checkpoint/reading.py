@@ -29,6 +29,7 @@ __all__ = [
     "CheckpointInfo",
     "find_checkpoint",
     "list_checkpoints",
+    "manifest_problem",
     "read_manifest",
     "read_range",
     "read_tensor",
@@ -40,7 +41,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A folder with a final name; `problem` says what is wrong with its structure, None if nothing is."""
+    """A folder with a final name; `problem` says what is wrong with its structure, without naming the folder; None if nothing is."""
 
     path: Path
     step: int
@@ -64,6 +65,11 @@ def read_manifest(path: Path) -> Manifest:
         CheckpointError: incomplete or damaged.
     """
     return read_manifest_file(path / MANIFEST)
+
+
+def manifest_problem(path: Path, error: CheckpointError) -> str:
+    """The error of `read_manifest` without the folder, which whoever reports a checkpoint's problem has named already."""
+    return str(error).removeprefix(f"{path} is ").removeprefix(f"{path}/")
 
 
 def structure_problem(path: Path, manifest: Manifest) -> str | None:
@@ -94,7 +100,7 @@ def list_checkpoints(run_dir: Path) -> list[CheckpointInfo]:
         try:
             manifest = read_manifest(path)
         except CheckpointError as error:
-            found.append(CheckpointInfo(path, step, None, str(error)))
+            found.append(CheckpointInfo(path, step, None, manifest_problem(path, error)))
             continue
         found.append(CheckpointInfo(path, step, manifest, structure_problem(path, manifest)))
     return sorted(found, key=lambda info: info.step)
@@ -119,7 +125,7 @@ def verify_checkpoint(path: Path) -> list[str]:
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
-        return [str(error)]
+        return [manifest_problem(path, error)]
     problem = structure_problem(path, manifest)
     return [problem] if problem else list(verify_files(path, manifest, sorted(manifest.files)))
 
