@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ..models.errors import LaunchError, RankLostError
+from .rendezvous import is_port_taken, join_store, taken_port
 from .slurm import slurm_ranks, slurm_rendezvous
 
 __all__ = ["Topology", "explain_lost_rank", "initialise_distributed", "shutdown_distributed"]
@@ -157,23 +158,30 @@ def initialise_distributed(device: str = "auto", timeout_s: float = 1800.0) -> T
             f"{world_size} ranks but no {' and no '.join(absent)}; start with torchrun, or export both in the job script"
         )
     _integer("MASTER_PORT")
-    timeout = timedelta(seconds=timeout_s)
     # What NCCL did last, for the dump of a hang; must be set before the first communicator.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    try:
-        dist.init_process_group(
-            "cuda:nccl,cpu:gloo" if use_cuda else "gloo",
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-        )
-    except (dist.DistError, RuntimeError) as error:
-        raise RankLostError(
-            f"rank {rank} of {world_size} could not join the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
-            f"{str(error).splitlines()[0]}; are all ranks running, and is the address theirs?"
-        ) from error
+    timeout = timedelta(seconds=timeout_s)
+    _join_group("cuda:nccl,cpu:gloo" if use_cuda else "gloo", rank, world_size, timeout)
     host_group = dist.new_group(backend="gloo", timeout=timeout)
     return Topology(rank, world_size, local_rank, local_world_size, place, host_group)
+
+
+def _join_group(backend: str, rank: int, world_size: int, timeout: timedelta) -> None:
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    # torchrun's agent has a store of its own, and ranks that were numbered by hand may be of several steps.
+    is_step = not {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    try:
+        store = join_store(rank, world_size, timeout.total_seconds()) if is_step else None
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+    except (dist.DistError, RuntimeError) as error:
+        if is_port_taken(error):
+            raise taken_port(host, port) from error
+        raise RankLostError(
+            f"rank {rank} of {world_size} could not join the others at {host}:{port}: "
+            f"{str(error).splitlines()[0]}; are all ranks running, and is the address theirs?"
+        ) from error
 
 
 def shutdown_distributed() -> None:

@@ -1,6 +1,7 @@
 """What SLURM tells a task about its place and about where the ranks meet. Imports no torch.
 
-Nothing has to be exported by the job script: `srun python -m weft train ...` is enough.
+Nothing has to be exported by the job script: `srun python -m weft train ...` is enough. The script of weft submit looks for a
+free port, and exports it, all the same.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ __all__ = ["first_host", "rendezvous_port", "slurm_ranks", "slurm_rendezvous"]
 
 FIRST_PORT, PORTS = 20_000, 10_000
 """Below the range from which Linux hands out ports of its own (32768 on)."""
+PORT_STRIDE = 7
+"""From a job's port to the next one's, with room for steps."""
 
 
 def slurm_ranks() -> tuple[int, int, int, int] | None:
@@ -64,8 +67,8 @@ def first_host(nodes: str) -> str:
 
 
 def rendezvous_port(job: int, step: int = 0) -> int:
-    """A port that two jobs on one node are unlikely to share, the same on all ranks."""
-    return FIRST_PORT + (job * 7 + step) % PORTS
+    """A port that two jobs on one node are unlikely to share, the same on all ranks; the job script computes it too."""
+    return FIRST_PORT + (job * PORT_STRIDE + step) % PORTS
 
 
 def slurm_rendezvous() -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...models.errors import ConfigError
+from ...trainer.slurm import FIRST_PORT, PORT_STRIDE, PORTS
 from .cluster import ClusterConfig
 
 __all__ = ["JobScript"]
@@ -70,6 +71,9 @@ class JobScript:
             modules=cluster.modules,
             setup=cluster.setup,
             environment=cluster.environment,
+            first_port=FIRST_PORT,
+            port_stride=PORT_STRIDE,
+            ports=PORTS,
             srun=srun,
             command=command,
             judge=self._judge(command),

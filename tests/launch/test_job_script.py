@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from fake_slurm import FakeSlurm
 from weft.launch.slurm.cluster import ClusterConfig
 from weft.launch.slurm.script import JobScript
 from weft.models.errors import ConfigError
+from weft.trainer.slurm import rendezvous_port
 
 GOLDEN = Path(__file__).parent / "golden"
 RUN = Path("/scratch/me/runs/olmo2-1b")
@@ -145,7 +148,7 @@ class Job:
         self.run_dir = folder / "my runs" / "it's"
         self.run_dir.mkdir(parents=True)
         (self.run_dir / "config.yaml").write_text(yaml.safe_dump({"run": {"max_restarts": 1}}))
-        script = JobScript(
+        self.script = JobScript(
             name="x",
             runs=[self.run_dir],
             folder=self.run_dir / "slurm",
@@ -155,7 +158,7 @@ class Job:
             cluster=ClusterConfig(),
         )
         self.path = folder / "job.sbatch"
-        self.path.write_text(script.render())
+        self.path.write_text(self.script.render())
 
     def environment(self, **more: str) -> dict[str, str]:
         env = {
@@ -208,10 +211,50 @@ def test_what_the_ranks_inherit(job: Job, slurm: FakeSlurm, tmp_path: Path) -> N
     env = dict(
         line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line
     )
-    assert not {"RANK", "MASTER_PORT", "TMPDIR"} & set(env)
+    assert not {"RANK", "TMPDIR"} & set(env)
     assert env["TRITON_CACHE_DIR"] == f"/tmp/weft-{os.getuid()}/triton"
     assert env["WEFT_JOB_END_TIME"] == "1893553445"
     assert env["WEFT_LOG_DIR"] == "logs/42_2"
+
+
+def test_ranks_meet_at_the_next_port_that_no_program_has(
+    job: Job, slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    slurm.program("srun", f"echo $MASTER_PORT > {tmp_path}/port")
+
+    def port(**more: str) -> int:
+        assert job.run(**more).returncode == 0
+        return int((tmp_path / "port").read_text())
+
+    # The first of many that other programs of this machine leave alone.
+    number = next(n for n in range(4200, 5600) if all(map(is_free, ports_of(n))))
+    mine = {"SLURM_JOB_ID": str(number)}
+    first, second, third, _ = ports_of(number)
+    assert port(**mine) == first
+    with socket.create_server(("127.0.0.1", first)):
+        assert port(**mine) == second
+        with socket.create_server(("::", second), family=socket.AF_INET6):
+            assert port(**mine, SLURM_RESTART_COUNT="1") == third
+    assert port(**mine) == first
+
+
+def test_a_port_of_the_profile_goes_before_the_jobs_own(
+    job: Job, slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    slurm.program("srun", f"echo $MASTER_PORT > {tmp_path}/port")
+    profile = ClusterConfig(environment={"MASTER_PORT": "25000"})
+    job.path.write_text(replace(job.script, cluster=profile).render())
+    assert job.run().returncode == 0
+    assert (tmp_path / "port").read_text() == "25000\n"
+
+
+def ports_of(number: int) -> range:
+    return range(rendezvous_port(number), rendezvous_port(number) + 4)
+
+
+def is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET6) as probe:
+        return probe.connect_ex(("::ffff:127.0.0.1", port)) != 0
 
 
 @pytest.mark.parametrize("end", ["", "N/A", "slurm_load_jobs error"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -28,11 +29,15 @@ MARK = "WEFT_SLURM_CLUSTER"
 """In the environment of the daemons, and so of the steps they start; not of the shells that use the cluster."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
 START_S, STOP_S = 60.0, 15.0
+MOST_JOBS = 100_000
+"""Above the first job's number, which is drawn below it."""
 
 CONFIG = """\
 ClusterName=onehost
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+# Weft's jobs meet at a port made from their number, and other clusters of this host number theirs too.
+FirstJobId={first_job}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -159,6 +164,7 @@ class Cluster:
             CONFIG.format(
                 host=socket.gethostname().partition(".")[0],
                 ports=ports,
+                first_job=random.SystemRandom().randrange(1, MOST_JOBS),
                 user=_user(),
                 folder=self.folder,
                 nodes="\n".join(lines),

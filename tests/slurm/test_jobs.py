@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 
 import pytest
 from lab import STEPS, Job, Lab, batch_output
+from weft.trainer.slurm import rendezvous_port
 
 # All tests share one cluster, and so one worker of pytest-xdist.
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.slow]
@@ -48,6 +50,15 @@ def test_plain_srun_finds_its_ranks(lab: Lab, undisturbed: Job) -> None:
     assert done.returncode == 0, done.stderr
     job = Job(run, "")
     assert job.attempts[0].world_size == 2
+    assert job.trace == undisturbed.trace
+
+
+def test_a_port_that_another_program_has(lab: Lab, undisturbed: Job) -> None:
+    job = lab.submit("port", "--cluster", lab.profile("held", "sbatch: [--hold]"))
+    with socket.create_server(("127.0.0.1", rendezvous_port(int(job.id)))):
+        lab.slurm("scontrol", "release", job.id)
+        lab.finish(job)
+    assert job.outcomes == ["finished"]
     assert job.trace == undisturbed.trace
 
 

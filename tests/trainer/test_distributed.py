@@ -29,6 +29,7 @@ def join(monkeypatch: pytest.MonkeyPatch, **environment: str) -> tuple[list[Any]
     """Where the environment puts this process, and what it would have told torch."""
     told: dict[str, Any] = {}
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **rest: told.update(rest))
+    monkeypatch.setattr("weft.trainer.distributed.join_store", lambda *_: None)
     monkeypatch.setattr(dist, "new_group", lambda **rest: told.update(host=rest["backend"]))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
