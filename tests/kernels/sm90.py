@@ -1,7 +1,7 @@
 """What Triton makes of a kernel for sm_90 (H100, H200): registers, spills and machine code, without a GPU.
 
 Numbers don't betray a kernel whose rows landed across lanes or whose accumulators spilled: it is right, and three
-times slower. Each compilation runs in a process of its own without TRITON_INTERPRET, because Triton chooses between its
+times slower. Compilations run in forks of one process without TRITON_INTERPRET, because Triton chooses between its
 interpreter and its compiler once, when it is imported.
 """
 
@@ -25,39 +25,69 @@ import pytest
 __all__ = ["Sm90", "compile_sm90", "needs_sm90_tools", "sm90_problem"]
 
 _TOOLS = ("ptxas", "cuobjdump", "nvdisasm")
-_CHILD = """
-import importlib, json, resource, sys
+_SERVER = """
+import importlib, json, os, resource, sys, traceback
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-job = json.load(sys.stdin)
-module = importlib.import_module(job["module"])
-kernel = getattr(module, job["kernel"])
-constants = {
-    name: getattr(tl, value[3:]) if isinstance(value, str) and value.startswith("tl.") else value
-    for name, value in job["constants"].items()
-}
-names = kernel.arg_names
-signature = {name: "constexpr" if name in constants else job["types"][name] for name in names}
-attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in job["divisible_by_16"]}
 
 def cpu_seconds():
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 
-begun = cpu_seconds()
-compiled = triton.compile(
-    ASTSource(kernel, signature, constants, attributes),
-    target=GPUTarget("cuda", 90, 32),
-    options=job["options"],
-)
-seconds = cpu_seconds() - begun
-with open(job["cubin"], "wb") as file:
-    file.write(compiled.asm["cubin"])
-print(json.dumps({"seconds": seconds, "shared_bytes": compiled.metadata.shared}))
+
+def compile(job, kernel):
+    # A cached result would report the time of reading it.
+    os.environ["TRITON_CACHE_DIR"] = job["scratch"]
+    constants = {
+        name: getattr(tl, value[3:]) if isinstance(value, str) and value.startswith("tl.") else value
+        for name, value in job["constants"].items()
+    }
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else job["types"][name] for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in job["divisible_by_16"]}
+    begun = cpu_seconds()
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", 90, 32),
+        options=job["options"],
+    )
+    seconds = cpu_seconds() - begun
+    with open(job["scratch"] + "/kernel.cubin", "wb") as file:
+        file.write(compiled.asm["cubin"])
+    return {"seconds": seconds, "shared_bytes": compiled.metadata.shared}
+
+
+for line in sys.stdin:
+    job = json.loads(line)
+    kernel = getattr(importlib.import_module(job["module"]), job["kernel"])
+    if os.fork() == 0:
+        try:
+            report = compile(job, kernel)
+        except BaseException:
+            report = {"error": traceback.format_exc()}
+        with open(job["scratch"] + "/report.json", "w") as file:
+            json.dump(report, file)
+        os._exit(0)
+    os.wait()
+    print(flush=True)
 """
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """Imports Triton and the kernels once and forks for each compilation; ends with this process, whose pipe it reads."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.Popen(
+        [sys.executable, "-c", _SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
 
 
 @functools.cache
@@ -141,22 +171,10 @@ def _compile(job_text: str) -> Sm90:
     folder = _tools_folder()
     assert folder is not None
     with tempfile.TemporaryDirectory() as scratch:
+        report = _compiled_by_server({**json.loads(job_text), "scratch": scratch})
+        if "error" in report:
+            raise RuntimeError(f"compiling for sm_90 failed:\n{report['error'][-4000:]}")
         cubin = os.path.join(scratch, "kernel.cubin")
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        # A cached result would report the time of reading it.
-        environment["TRITON_CACHE_DIR"] = scratch
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        job = json.dumps({**json.loads(job_text), "cubin": cubin})
-        child = subprocess.run(
-            [sys.executable, "-c", _CHILD],
-            input=job,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        if child.returncode:
-            raise RuntimeError(f"compiling for sm_90 failed:\n{child.stderr[-4000:]}")
-        report = json.loads(child.stdout.splitlines()[-1])
         usage = _run(folder / "cuobjdump", "-res-usage", cubin)
         listing = _run(folder / "nvdisasm", "-c", "-hex", cubin)
     sizes = {name: int(size) for name, size in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
@@ -167,6 +185,16 @@ def _compile(job_text: str) -> Sm90:
         seconds=report["seconds"],
         sass=_parse(listing),
     )
+
+
+def _compiled_by_server(job: Mapping[str, Any]) -> dict[str, Any]:
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    print(json.dumps(job), file=server.stdin, flush=True)
+    server.stdout.readline()
+    report = Path(job["scratch"]) / "report.json"
+    return json.loads(report.read_text()) if report.exists() else {"error": "the compiler died"}
 
 
 def _run(*command: object) -> str:
