@@ -29,9 +29,9 @@ dev: $(VENV)/.installed-dev
 quickstart: install
 	$(BIN)/weft quickstart
 
-# loadgroup: the tests of tests/slurm share one cluster, and so one worker.
+# loadgroup: tests that share a cluster, a run or a compiler share a worker. They come first, in the order of tests/conftest.py.
 test: dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 # From a bare checkout, with the machine's own torch: results in GPU_OUT as kernels.json and kernels.md. Tests that
 # compile for a GPU without one are left to `make test`.
