@@ -29,9 +29,9 @@ dev: $(VENV)/.installed-dev
 quickstart: install
 	$(BIN)/weft quickstart
 
-# loadgroup: tests that share a cluster, a run or a compiler share a worker. They come first, in the order of tests/conftest.py.
+# Tests that share a cluster, a run or a compiler share a worker: tests/conftest.py.
 test: dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist load
 
 # From a bare checkout, with the machine's own torch: results in GPU_OUT as kernels.json and kernels.md. Tests that
 # compile for a GPU without one are left to `make test`.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -18,29 +21,46 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under xdist: tests that share a run, or a compiler, go to one worker, and go first; single tests even out the end."""
-    if not hasattr(config, "workerinput"):
-        return
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None and (name := _group_of(item)):
-            item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=_place)
+def group_of(nodeid: str) -> str:
+    """What has to run on one worker with a test: it shares a cluster, a compiler or a run with others; else the test alone.
 
-
-def _group_of(item: pytest.Item) -> str | None:
-    if "sm90" in item.nodeid:
+    By name, because xdist's own marks reach its scheduler inside the names of tests, and not under every pytest.
+    """
+    path = nodeid.partition("::")[0]
+    if path.startswith("tests/slurm/"):
+        return "slurm"
+    if "sm90" in nodeid:
         return "sm90"
-    fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009
-    is_shared = any(f.scope == "module" for found in fixtures for f in found)
-    return item.path.name if is_shared else None
+    return path if _has_shared_fixture(path) else nodeid
 
 
-def _place(item: pytest.Item) -> int:
-    """The tests on a scheduler first: they are the longest group, and wait for most of it."""
-    mark = item.get_closest_marker("xdist_group")
-    return 2 if mark is None else 1 - (mark.args[0] == "slurm")
+@functools.cache
+def _has_shared_fixture(path: str) -> bool:
+    file = Path(__file__).parents[1] / path
+    return file.is_file() and 'scope="module"' in file.read_text()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a worker of xdist: groups first, and of them the one that waits for a scheduler; single tests even out the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: _place(item.nodeid))
+
+
+def _place(nodeid: str) -> int:
+    group = group_of(nodeid)
+    return 0 if group == "slurm" else 2 if group == nodeid else 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Groups(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -176,7 +176,7 @@ def test_installs_are_constrained_and_tests_run_as_documented(makefile: Path) ->
     shutil.rmtree(makefile / ".venv")
     lines = make(makefile, "--dry-run", "test").stdout.splitlines()
     assert any("pip install -c constraints.txt -e '.[dev]'" in line for line in lines)
-    assert lines[-1] == ".venv/bin/python -m pytest -n 2 --dist loadgroup"
+    assert lines[-1] == ".venv/bin/python -m pytest -n 2 --dist load"
     script = (ROOT / ".ci" / "run").read_text()
     assert "set -euo pipefail" in script
     assert script.splitlines()[-1] == "make test"

@@ -17,8 +17,6 @@ from cluster import PROGRAMS, Cluster, ClusterError, _family, missing_programs
 SCRIPT = Path(__file__).with_name("cluster.py")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "slurm-on-one-host.md"
 
-pytestmark = pytest.mark.xdist_group("slurm")
-
 
 @pytest.fixture
 def folder() -> Iterator[Path]:

@@ -11,8 +11,7 @@ import pytest
 from lab import STEPS, Job, Lab, batch_output
 from weft.trainer.slurm import rendezvous_port
 
-# All tests share one cluster, and so one worker of pytest-xdist.
-pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
