@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..checks import check_same_device
 
-__all__ = ["Routing", "modality_of_rows", "route_by_modality"]
+__all__ = ["Routing", "modality_of_rows", "route_by_modality", "route_one_modality"]
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Routing:
-    """Where each position of a batch lies when rows are sorted by modality; does not change.
+    """Where each position of a batch lies when rows are sorted by modality, those of one in their order; does not change.
 
     Not a dataclass: FSDP2 rebuilds dataclasses among a block's arguments.
 
@@ -53,14 +53,19 @@ class Routing:
     def n_modalities(self) -> int:
         return len(self.sizes)
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether rows lie as positions do because all are of one modality, by host integers alone."""
+        return sum(size > 0 for size in self.sizes) <= 1
+
     def permute(self, x: Tensor) -> Tensor:
-        """Rows of x (T, ...) from positions to modalities; the gradient is a gather too.
+        """Rows of x (T, ...) from positions to modalities; the gradient is a gather too. x itself where all is one modality.
 
         Raises:
             ValueError: x has another number of rows.
         """
         self.check_rows("x", x)
-        return _gather_rows(x, self.order, self.inverse)
+        return x if self.is_identity else _gather_rows(x, self.order, self.inverse)
 
     def restore(self, x: Tensor) -> Tensor:
         """Rows of x (T, ...) from modalities back to positions: undoes `permute`.
@@ -69,7 +74,7 @@ class Routing:
             ValueError: x has another number of rows.
         """
         self.check_rows("x", x)
-        return _gather_rows(x, self.inverse, self.order)
+        return x if self.is_identity else _gather_rows(x, self.inverse, self.order)
 
     def check_rows(self, name: str, x: Tensor) -> None:
         """Raises: ValueError: x does not have T rows, or is on another device."""
@@ -121,6 +126,23 @@ def route_by_modality(
         assert sizes is not None
         _assert_values(ids, offsets, sizes)
     return Routing(order, inverse, offsets, sizes)
+
+
+def route_one_modality(
+    total: int, n_modalities: int = 1, modality: int = 0, device: torch.device | str | None = None
+) -> Routing:
+    """The routing of `total` positions that are all of one modality, without sorting them.
+
+    Raises:
+        ValueError: the modality is not below n_modalities.
+    """
+    if not 0 <= modality < n_modalities:
+        raise ValueError(f"modality is {modality}, expected an id from 0 to {n_modalities - 1}")
+    order = torch.arange(total, device=device)
+    sizes = [total if m == modality else 0 for m in range(n_modalities)]
+    known = torch.arange(n_modalities, device=device)
+    offsets = torch.where(known < modality, 0, total).int()
+    return Routing(order, order, offsets, sizes)
 
 
 def modality_of_rows(offsets: Tensor, total: int) -> Tensor:
