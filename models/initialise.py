@@ -8,6 +8,7 @@ every world size starts from the same weights.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -34,6 +35,10 @@ def fill_range(out: Tensor, spec: InitSpec, *, seed: int, name: str, start: int 
         if spec.kind == "constant":
             flat.fill_(spec.value)
             return
+        if spec.kind == "log_counting":
+            places = torch.arange(start, start + flat.numel(), dtype=torch.float64)
+            flat.copy_(torch.log1p(places.remainder(spec.period)))
+            return
         position = 0
         while position < flat.numel():
             block, offset = divmod(start + position, BLOCK)
@@ -49,6 +54,10 @@ def _draw(count: int, spec: InitSpec, seed: int) -> Tensor:
     values = torch.empty(BLOCK)
     if spec.kind == "uniform":
         values.uniform_(-spec.std, spec.std, generator=generator)
+    elif spec.kind == "softplus_inverse_log_uniform":
+        values.uniform_(math.log(spec.low), math.log(spec.high), generator=generator)
+        steps = values.exp_().clamp_(min=spec.floor)
+        values = steps + torch.log(-torch.expm1(-steps))
     elif spec.kind == "normal":
         values.normal_(0.0, spec.std, generator=generator)
     else:

@@ -21,12 +21,27 @@ __all__ = ["BaseWeights", "InitSpec", "LossOutput", "LossTerm", "ParameterGroup"
 
 @dataclass(frozen=True)
 class InitSpec:
-    """How one parameter starts. `trunc_normal` has mean 0 and is cut at `cut` standard deviations."""
+    """How one parameter starts. `trunc_normal` has mean 0 and is cut at `cut` standard deviations.
 
-    kind: Literal["trunc_normal", "normal", "uniform", "constant"] = "trunc_normal"
+    `log_counting` is log(1), log(2) .. log(period), over and over in row-major order. `softplus_inverse_log_uniform` is what
+    softplus makes log-uniform in [low, high), and at least `floor`.
+    """
+
+    kind: Literal[
+        "trunc_normal",
+        "normal",
+        "uniform",
+        "constant",
+        "log_counting",
+        "softplus_inverse_log_uniform",
+    ] = "trunc_normal"
     std: float = 0.02
     cut: float = 3.0
     value: float = 0.0
+    period: int = 1
+    low: float = 1e-3
+    high: float = 0.1
+    floor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,10 @@ class Task(ABC):
     @abstractmethod
     def blocks(self, networks: Mapping[str, nn.Module]) -> list[nn.Module]:
         """The repeated layers, in order of execution: units of sharding, recomputation and compilation."""
+
+    def wide_modules(self, networks: Mapping[str, nn.Module]) -> list[nn.Module]:
+        """Modules inside blocks whose own parameters are gathered in fp32 where weights are sharded."""
+        return []
 
     @abstractmethod
     def counts(self, batch: PackedBatch) -> dict[str, int]:
