@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from .errors import ConfigError
@@ -17,7 +17,7 @@ from .section import Section
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["HuggingFaceLayout", "layout_for", "layout_of"]
+__all__ = ["HuggingFaceLayout", "export_forms", "layout_for", "layout_of"]
 
 DEFAULT_FAMILY = "transformer"
 
@@ -25,7 +25,9 @@ DEFAULT_FAMILY = "transformer"
 class HuggingFaceLayout(Protocol):
     """Names, shapes and settings of a family's checkpoints, both ways.
 
-    Our names are those of the network `model`; those of a companion begin with its name and a slash.
+    Our names are those of the network `model`; those of a companion begin with its name and a slash. Two things a module may
+    have besides: `export_forms(config)`, see the function here, and `CONFIG_KEYS`, by which a config.json without a
+    `model_type` is known to be this family's.
     """
 
     MODEL_TYPES: tuple[str, ...]
@@ -79,15 +81,30 @@ def layout_for(theirs: Mapping[str, Any]) -> HuggingFaceLayout:
         ConfigError: no family has it.
     """
     kind = theirs.get("model_type")
-    if kind is None:
-        return _load(DEFAULT_FAMILY)
     layouts = [_load(family) for family in _families()]
+    if kind is None:
+        keys = ((layout, getattr(layout, "CONFIG_KEYS", ())) for layout in layouts)
+        known = (layout for layout, own in keys if own and theirs.keys() >= set(own))
+        return next(known, _load(DEFAULT_FAMILY))
     found = next((layout for layout in layouts if kind in layout.MODEL_TYPES), None)
     if found is None:
-        known = sorted(name for layout in layouts for name in layout.MODEL_TYPES)
-        names = f"{', '.join(known[:-1])} and {known[-1]}"
+        types = sorted(name for layout in layouts for name in layout.MODEL_TYPES)
+        names = f"{', '.join(types[:-1])} and {types[-1]}"
         raise ConfigError(f"config.json has model_type {kind!r}; only {names} can be imported")
     return found
+
+
+def export_forms(
+    layout: HuggingFaceLayout, config: Any
+) -> Mapping[str, tuple[Any, Callable[[str], str]]]:
+    """What an export of a model writes: nearly always the model itself.
+
+    Returns:
+        Folder inside the target, empty for the target itself -> the configuration of the model there, and the name under
+        which the run has each of its parameters.
+    """
+    own = getattr(layout, "export_forms", None)
+    return {"": (config, str)} if own is None else own(config)
 
 
 def _families() -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..models.errors import CheckpointError, ConfigError
-from ..models.hugging_face import HuggingFaceLayout, layout_for, layout_of
+from ..models.hugging_face import HuggingFaceLayout, export_forms, layout_for, layout_of
 from ..models.section import Section
 from .checkpoint.reading import find_checkpoint, list_checkpoints, read_manifest, read_tensor
 from .checkpoint.writing import write_checkpoint
@@ -315,39 +315,64 @@ def export_run(
     places = {"": checkpoint, **_companion_checkpoints(layout, model)}
     tokens, ids = _tokenizer_of(config, tokenizer)
     imported = read_manifest(checkpoint).state.get("imported") or {}
-    settings = layout.to_hugging_face_config(
-        model,
-        max_positions=max_positions or imported.get("max_positions") or config.data.sequence_length,
-        bos_id=ids["bos"],
-        eos_id=ids["eos"],
-        pad_id=ids["pad"],
-        dtype=str(DTYPES[dtype]).removeprefix("torch."),
+    said = {
+        "max_positions": max_positions
+        or imported.get("max_positions")
+        or config.data.sequence_length,
+        **{f"{kind}_id": ids[kind] for kind in ("bos", "eos", "pad")},
+        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+    }
+    forms = export_forms(layout, model)
+    files: list[str] = []
+    parameters = sum(
+        _numel(shape)
+        for form, _ in forms.values()
+        for shape in layout.parameter_shapes(form).values()
     )
-    shapes = layout.parameter_shapes(model)
-    names = {layout.to_hugging_face_name(name, model): name for name in shapes}
+    with staged_folder(target, overwrite=overwrite, marker=_marker(forms)) as staging:
+        check_space(target, parameters * DTYPES[dtype].itemsize)
+        for name, (form, stored_name) in forms.items():
+            folder = staging / name
+            folder.mkdir(exist_ok=True)
+            shapes, read = _readers(layout, form, stored_name, places)
+            written = write_shards(
+                folder,
+                shapes,
+                read,
+                dtype=DTYPES[dtype],
+                max_shard_bytes=max_shard_bytes,
+                progress=progress,
+            )
+            files += [str(file.relative_to(staging)) for file in written]
+            write_json(folder / "config.json", layout.to_hugging_face_config(form, **said))
+            write_json(folder / "generation_config.json", _generation_settings(ids))
+            if tokens is not None:
+                copy_tokenizer(tokens, folder)
+    return Exported(target, checkpoint, parameters, tuple(files))
+
+
+def _marker(forms: Mapping[str, Any]) -> str:
+    """The file by which a folder is known to be such an export."""
+    return str(Path(next(iter(forms))) / "config.json")
+
+
+def _readers(
+    layout: HuggingFaceLayout,
+    form: Section,
+    stored_name: Callable[[str], str],
+    places: Mapping[str, Path],
+) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
+    """Shapes of a model by their names, and what reads one of its parameters from the checkpoints at `places`."""
+    shapes = layout.parameter_shapes(form)
+    names = {layout.to_hugging_face_name(name, form): name for name in shapes}
 
     def read(theirs: str) -> Tensor:
         ours = names[theirs]
-        network, own = _network_of(ours)
+        network, own = _network_of(stored_name(ours))
         tensor = _read_parameter(places[network], own, shapes[ours])
-        return layout.arrange(ours, tensor, model, to_theirs=True)
+        return layout.arrange(ours, tensor, form, to_theirs=True)
 
-    parameters = sum(_numel(shape) for shape in shapes.values())
-    with staged_folder(target, overwrite=overwrite, marker="config.json") as staging:
-        check_space(target, parameters * DTYPES[dtype].itemsize)
-        files = write_shards(
-            staging,
-            {theirs: shapes[ours] for theirs, ours in names.items()},
-            read,
-            dtype=DTYPES[dtype],
-            max_shard_bytes=max_shard_bytes,
-            progress=progress,
-        )
-        write_json(staging / "config.json", settings)
-        write_json(staging / "generation_config.json", _generation_settings(ids))
-        if tokens is not None:
-            copy_tokenizer(tokens, staging)
-    return Exported(target, checkpoint, parameters, tuple(file.name for file in files))
+    return {theirs: shapes[ours] for theirs, ours in names.items()}, read
 
 
 def _companion_checkpoints(layout: HuggingFaceLayout, model: Section) -> dict[str, Path]:

@@ -43,7 +43,7 @@ RECOMPUTE_TIME = {"none": 0.0, "selective": 0.03, "block": 1 / 3}
 """Share of a step that recomputation adds: a block's forward pass is a third of its work, without products little of it."""
 
 ASSUMPTIONS = (
-    "FLOPs: 6 a multiplied parameter and 12*L*H*hd*S for attention, without a causal discount; recomputation is not counted",
+    "FLOPs: the family's formula, of a transformer 6 a multiplied parameter and 12*L*H*hd*S for attention, without a causal discount; recomputation is not counted",
     "weights, gradients and both Adam moments are fp32; fsdp and hsdp split them over the ranks that share one copy",
     "fsdp and hsdp keep whole gradients between the micro-batches of a step, since only the last one communicates",
     "hashed n-gram tables are held whole by every rank, and their gradient has the rows of one micro-batch",

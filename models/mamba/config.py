@@ -113,8 +113,14 @@ class Config(MultimodalConfig):
 
     def dense(self) -> Config:
         """The same size with one set of weights."""
-        dropped = {"modalities": ("text",), "split": None, "upcycle_from": None, "image": None}
-        return Config(**{**self.model_dump(), **dropped})
+        changed = {
+            "modalities": ("text",),
+            "split": None,
+            "image": None,
+            "upcycle_from": None,
+            "compat_drop_dt_bias": not self.has_dt_bias,
+        }
+        return Config(**{**self.model_dump(), **changed})
 
     def debug_size(self) -> Config:
         """The smallest model that still runs every part of this one, for `weft debug RECIPE`."""

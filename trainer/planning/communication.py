@@ -71,7 +71,7 @@ def count_communication(config: TrainingConfig, layout: Layout) -> Communication
     elif layout.strategy in ("zero1", "zero2"):
         # Stage 2 has no room for whole gradients between micro-batches, so it sends each.
         gather, scatter = dense * size, dense * size * (times if layout.strategy == "zero2" else 1)
-    rows = _row_bytes(config, sizes.rows) * (ranks - 1) if ranks > 1 else 0
+    rows = _row_bytes(config, sizes.rows) * (ranks - 1) if ranks > 1 and sizes.rows else 0
     ring = _ring(shards)
     return Communication(
         int(gather * ring), int(scatter * ring), int(reduce), int(rows), shards if ring else ranks
