@@ -150,9 +150,7 @@ class Config(MultimodalConfig):
         inner = self.d_inner
         parts = {**self.projection_parameters(), "norm": self.d_model}
         parts["dt_proj"] += inner if self.has_dt_bias else 0
-        copies = {
-            name: len(self.modalities) if getattr(self.splits, name) else 1 for name in parts
-        }
+        copies = {name: len(self.modalities) if getattr(self.splits, name) else 1 for name in parts}
         shared = inner * (self.d_conv + 1) + inner * self.d_state + inner
         block = shared + sum(count * copies[name] for name, count in parts.items())
         return {

@@ -67,6 +67,7 @@ class PackedContext:
             delta_softplus=True,
             position_ids=self.position_ids,
         )
+        assert isinstance(out, Tensor)
         return out.flatten(0, 1)
 
     def _in_rows(self, x: Tensor) -> Tensor:
