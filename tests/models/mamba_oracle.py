@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,7 +44,7 @@ def logits_by_hand(model: Mamba, batch: PackedBatch) -> Tensor:
     kinds = torch.zeros_like(batch.tokens) if batch.modality is None else batch.modality
     borders = batch.cu_seqlens.tolist()
     rows = []
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+    for start, stop in itertools.pairwise(borders):
         h = weights["embedding.tokens.weight"][batch.tokens[start:stop]]
         names = [model.config.modalities[int(k)] for k in kinds[start:stop]]
         for layer in range(model.config.n_blocks):

@@ -22,11 +22,14 @@ def whole(spec: InitSpec, seed: int = 3, name: str = "a") -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("kind", ["trunc_normal", "normal", "uniform"])
+KINDS = ["trunc_normal", "normal", "uniform", "log_counting", "softplus_inverse_log_uniform"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=5, deadline=None)
 @given(cuts=st.lists(st.integers(1, COUNT - 1), min_size=1, max_size=3, unique=True))
 def test_any_split_gives_the_same_values(kind: str, cuts: list[int]) -> None:
-    spec = InitSpec(kind, std=0.02)  # type: ignore[arg-type]
+    spec = InitSpec(kind, std=0.02, period=7)  # type: ignore[arg-type]
     borders = [0, *sorted(cuts), COUNT]
     parts = []
     for start, stop in itertools.pairwise(borders):
@@ -42,6 +45,17 @@ def test_truncated_normal_has_its_spread_and_cut() -> None:
     assert values.std().item() == pytest.approx(0.02 * 0.98658, rel=3e-3)
     assert abs(values.mean().item()) < 1e-4
     assert whole(InitSpec("trunc_normal", std=0.5, cut=1.0)).abs().max() <= 0.5
+
+
+def test_steps_are_log_uniform_behind_softplus_and_counting_repeats() -> None:
+    spec = InitSpec("softplus_inverse_log_uniform", low=1e-3, high=0.1, floor=2e-3)
+    steps = torch.nn.functional.softplus(whole(spec).double())
+    assert 1.999e-3 < steps.min() < 2.001e-3
+    assert 0.0999 < steps.max() < 0.1001
+    share = (steps > 1e-2).double().mean()
+    assert share.item() == pytest.approx(0.5, abs=5e-3)
+    counted = whole(InitSpec("log_counting", period=4))[:8].exp()
+    torch.testing.assert_close(counted, torch.tensor([1.0, 2, 3, 4, 1, 2, 3, 4]))
 
 
 def test_seed_name_and_block_all_matter() -> None:

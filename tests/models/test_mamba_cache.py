@@ -143,5 +143,5 @@ def test_states_are_fp32_and_the_cache_has_an_end() -> None:
 def test_a_modality_without_weights_is_refused(model: Mamba) -> None:
     ids = torch.zeros(1, 2, dtype=torch.int64)
     kind = torch.full((1, 2), len(model.config.modalities))
-    with pytest.raises(ValueError, match="modality is [13], expected an id from 0 to"):
+    with pytest.raises(ValueError, match=r"modality is [13], expected an id from 0 to"):
         model.forward_cached(ids, None, cache_of(model), kind)
