@@ -47,12 +47,13 @@ def _block_bytes(config: Config, c: int, stream: int) -> int:
     values = 2 * inner + inner + inner + inner + small + config.d_model
     total = stream + values * c + 4 * inner * states // STATE_SPACING
     if len(config.modalities) > 1:
-        # Sorted copies of the convolution's and the scan's outputs, and step sizes at their positions in fp32.
-        total += 2 * inner * c + 4 * inner + 2 * inner * c
+        # The convolution's output sorted as well, B and C at their positions, and step sizes in fp32.
+        total += inner * c + 2 * states * c + inner * (4 - c)
     return total
 
 
 def _product_bytes(config: Config, c: int) -> int:
-    """Bytes a position of what a block's matrix products gave."""
-    inner = config.d_inner
-    return (2 * inner + config.rank + 2 * config.d_state + inner + config.d_model) * c
+    """Bytes a position of what a block's matrix products and its scan gave."""
+    inner, states = config.d_inner, config.d_state
+    values = 2 * inner + config.rank + 2 * states + inner + inner + config.d_model
+    return values * c + 4 * inner * states // STATE_SPACING

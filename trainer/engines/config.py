@@ -34,7 +34,7 @@ class ParallelConfig(Section):
     )
     activation_checkpointing: Literal["none", "block", "selective"] = Field(
         "none",
-        description="recompute nothing, whole blocks, or all but matrix products and attention",
+        description="recompute nothing, whole blocks, or all but matrix products, attention and scans",
     )
     compile: bool = Field(False, description="torch.compile each block")
     timeout_s: float = Field(1800.0, gt=0, description="longest wait of a collective, in seconds")

@@ -79,14 +79,24 @@ def shard_networks(
     mesh: DeviceMesh,
     precision: PrecisionConfig,
     whole: Iterable[nn.Parameter],
+    wide: Sequence[nn.Module] = (),
 ) -> None:
-    """Shard each block, then what is left of each network; `whole` parameters stay as they are on every rank."""
+    """Shard each block, then what is left of each network; `whole` parameters stay as they are on every rank.
+
+    Args:
+        wide: modules inside blocks that are gathered in fp32, by themselves.
+    """
     compute = torch.bfloat16 if precision.compute == "bf16" else torch.float32
-    # One policy for every call: FSDP2 refuses mixed ones. Inputs are not cast: batches hold ids, angles stay fp32.
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+    # Inputs are not cast: batches hold ids, angles stay fp32.
+    wide_policy, policy = (
+        MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for dtype in (torch.float32, compute)
     )
     kept = set(whole)
+    for module in wide if compute != torch.float32 else ():
+        fully_shard(module, mesh=mesh, mp_policy=wide_policy)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     for network in networks.values():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from ... import kernels  # noqa: F401 - registers the ops named in `_KEPT`
 from ...models.batch import PackedBatch
 from ...models.errors import ConfigError
 from ...models.initialise import fill_range
@@ -70,7 +71,8 @@ class TorchEngine(SteppingEngine):
         wrap_blocks(blocks, parallel)
         self.mesh = make_mesh(self.strategy, parallel, topology)
         if self.mesh is not None:
-            shard_networks(self.networks, blocks, self.mesh, precision, self._sparse.values())
+            wide = task.wide_modules(self.networks)
+            shard_networks(self.networks, blocks, self.mesh, precision, self._sparse.values(), wide)
         self._materialise()
         self.parameters = {name: LocalParameter(name, p, local_tensor) for name, p in self._named()}
         self._sync = self._build_sync()
@@ -335,6 +337,8 @@ _KEPT = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.weft.routed_linear.default,
+    torch.ops.weft.selective_scan_forward.default,
 )
 
 
