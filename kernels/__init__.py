@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from .causal_conv1d import causal_conv1d, causal_conv1d_step
+from .causal_conv1d import causal_conv1d, causal_conv1d_step, inputs_before
 from .cross_entropy import IGNORED, cross_entropy_sums, linear_cross_entropy
 from .entropy_patching import (
     Patches,
@@ -42,7 +42,13 @@ from .ngram_hash import HASH_PRIMES, following_windows, ngram_hash, packed_windo
 from .packed_attention import PackedLayout, attention_problem, packed_attention
 from .rms_norm import rms_norm
 from .rotary import RotaryTable, apply_rotary, rotary_frequencies, rotary_table
-from .selective_scan import chunk_decay, combine_states, selective_scan, selective_scan_step
+from .selective_scan import (
+    chunk_decay,
+    combine_states,
+    selective_scan,
+    selective_scan_segment,
+    selective_scan_step,
+)
 
 __all__ = [
     "HASH_PRIMES",
@@ -64,6 +70,7 @@ __all__ = [
     "encoder_block_mask",
     "flex_patch_attention",
     "following_windows",
+    "inputs_before",
     "linear_cross_entropy",
     "linear_entropy",
     "lookup_sum",
@@ -88,6 +95,7 @@ __all__ = [
     "routed_rms_norm",
     "segment_pool",
     "selective_scan",
+    "selective_scan_segment",
     "selective_scan_step",
     "token_entropy",
     "use_kernels",

@@ -2,6 +2,13 @@
 
 from .chunks import chunk_decay, combine_states
 from .op import selective_scan
+from .segments import selective_scan_segment
 from .step import selective_scan_step
 
-__all__ = ["chunk_decay", "combine_states", "selective_scan", "selective_scan_step"]
+__all__ = [
+    "chunk_decay",
+    "combine_states",
+    "selective_scan",
+    "selective_scan_segment",
+    "selective_scan_step",
+]

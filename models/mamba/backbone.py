@@ -18,6 +18,7 @@ from ..multimodal import network
 from ..multimodal.routed import RoutedLinear, RoutedRMSNorm
 from .config import Config
 from .context import Context, PackedContext
+from .sequence_parallel import SequenceGroup, ShardedContext
 
 __all__ = ["SSM", "Backbone", "Block", "CausalConv"]
 
@@ -109,7 +110,13 @@ class Block(nn.Module):
 
 
 class Backbone(network.Backbone):
-    """The blocks and the final norm, which modalities share."""
+    """The blocks and the final norm, which modalities share.
+
+    Attributes:
+        sequence_group: the ranks that rows are cut over, each forward then being collective; None where rows are whole.
+    """
+
+    sequence_group: SequenceGroup | None = None
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -117,8 +124,10 @@ class Backbone(network.Backbone):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
         self.norm = RoutedRMSNorm(config.d_model, config.norm_eps, split=False)
 
-    def context(self, batch: PackedBatch, routing: Routing) -> PackedContext:
+    def context(self, batch: PackedBatch, routing: Routing) -> Context:
         """What all blocks of a forward share."""
+        if self.sequence_group is not None:
+            return ShardedContext(batch.position_ids, batch.rows, self.sequence_group)
         return PackedContext(batch.position_ids, batch.rows)
 
     def forward(self, x: Tensor, routing: Routing, context: Context) -> Tensor:
