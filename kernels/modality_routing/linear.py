@@ -56,6 +56,8 @@ def routed_linear(
         ValueError: shapes, types or devices that do not fit, or a case `grouped` does not take.
     """
     _check_weights(x, weights, routing, bias)
+    if routing.is_identity and not grouped:
+        return _linear_of_one(x, weights, routing, bias)
     x, weights, bias = _autocast(x, weights, bias)
     matrices = [weights] if isinstance(weights, Tensor) else list(weights)
     biases = [] if bias is None else [bias] if isinstance(bias, Tensor) else list(bias)
@@ -66,6 +68,37 @@ def routed_linear(
     if grouped:
         _check_grouped(x, weights, bias)
     return _routed_linear_op(x, matrices, biases, list(routing.sizes), routing.offsets, grouped)
+
+
+def _linear_of_one(x: Tensor, weights: Weights, routing: Routing, bias: Weights | None) -> Tensor:
+    """A batch of one modality: torch's own linear map, and gradients of zeros for the weights of the others."""
+    present = next((m for m, size in enumerate(routing.sizes) if size), 0)
+    parts = [weights] if bias is None else [weights, bias]
+    absent: list[Tensor] = []
+    for group in parts:
+        if not isinstance(group, Tensor):
+            absent += [part for m, part in enumerate(group) if m != present and part.requires_grad]
+    x, weight, row = _autocast(x, weights[present], None if bias is None else bias[present])
+    check_dtype("x", x)
+    assert isinstance(weight, Tensor)
+    if weight.dtype != x.dtype:
+        raise ValueError(f"weights are {_short(weight)} and x is {_short(x)}; cast one of them")
+    out = torch.nn.functional.linear(x, weight, row)  # type: ignore[arg-type]
+    return _Reach.apply(out, *absent) if absent and torch.is_grad_enabled() else out
+
+
+class _Reach(torch.autograd.Function):
+    """The first argument; the others get gradients of zeros, of one stored element each."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *absent: Tensor) -> Tensor:
+        ctx.absent = [(part.shape, part.dtype) for part in absent]
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        zeros = (grad.new_zeros((), dtype=dtype).expand(shape) for shape, dtype in ctx.absent)
+        return grad, *zeros
 
 
 def routed_linear_unsorted(
