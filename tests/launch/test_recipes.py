@@ -17,6 +17,11 @@ PARAMETERS = {
     "olmo2/13b": 13_716_198_400,
     "olmo2/32b": 32_234_279_936,
     "llama3/8b": 8_030_261_248,
+    "mamba/130m": 129_135_360,
+    "mamba/370m": 371_516_416,
+    "mamba/790m": 793_204_224,
+    "mamba/1.4b": 1_372_178_432,
+    "mamba/2.8b": 2_768_345_600,
 }
 WITHOUT_INPUT_EMBEDDING = {
     "olmo2/1b": 1_279_395_840,
@@ -58,6 +63,7 @@ def test_all_recipes_are_there() -> None:
     assert set(NAMES) == {
         *(f"olmo2/{size}" for size in sizes),
         *(f"blt/{name}" for name in blt),
+        *(f"mamba/{size}" for size in ("debug", "130m", "370m", "790m", "1.4b", "2.8b")),
         "llama3/debug",
         "llama3/8b",
     }
@@ -99,7 +105,15 @@ def test_published_settings(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["olmo2/debug", "olmo2/quickstart", "llama3/debug", "blt/debug", "blt/entropy-debug"]
+    "name",
+    [
+        "olmo2/debug",
+        "olmo2/quickstart",
+        "llama3/debug",
+        "blt/debug",
+        "blt/entropy-debug",
+        "mamba/debug",
+    ],
 )
 def test_small_recipes_need_nothing_but_the_install(name: str) -> None:
     config = load(name)

@@ -111,6 +111,11 @@ def test_the_smallest_form_is_valid_and_small(name: str, ranks: int) -> None:
     if isinstance(real, Config):
         check_transformer(model, real)
         assert trial.smallest_settings(small, ranks) == {}
+    elif model.family == "mamba":
+        assert (model.n_blocks, model.d_model) == (2 * real.blocks_per_layer, 64)
+        for kept in ("d_state", "expand", "d_conv", "modalities", "splits", "tie_embeddings"):
+            assert getattr(model, kept) == getattr(real, kept)
+        assert trial.smallest_settings(small, ranks) == {}
     else:
         # Every part of a BLT is still there.
         for kept in ("formulation", "double_residual", "patch_vectors"):
