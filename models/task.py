@@ -56,6 +56,8 @@ class ParameterGroup:
         lr_scale: factor on the scheduled learning rate.
         phase: the phase whose step updates it.
         averaged: whether `optimizer.ema_decay` keeps an average of it; never of tables that are updated by row.
+        needs: name of one of `Task.counts`; a step whose global count of it is 0 leaves the group as it is, decay, momentum and
+            step count included. None is updated in every step.
     """
 
     name: str
@@ -65,6 +67,7 @@ class ParameterGroup:
     lr_scale: float = 1.0
     phase: str = "train"
     averaged: bool = True
+    needs: str | None = None
 
 
 @dataclass(frozen=True)

@@ -314,8 +314,7 @@ def _train_step(
     rate = learning_rate(
         config.schedule, config.optimizer.lr, step, config.train.batch_tokens, config.train.steps
     )
-    # A step whose every target is masked still runs; dividing by one keeps its zero loss zero.
-    counts = {name: max(1, count) for name, count in agreed.counts.items()}
+    counts = agreed.counts
     values: dict[str, Tensor | float | int] = {}
     for phase in run.task.phases(step):
         sums = run.engine.forward_backward(phase, step_batch.micro_batches, counts)
@@ -324,7 +323,8 @@ def _train_step(
             sums["patches_squared"] = sums["patches"].square()
             run.engine.count_of["patches_squared"] = run.engine.count_of["patches"]
         means = {
-            name: total / counts[run.engine.count_of[name]]
+            # A step whose every target is masked still runs; dividing by one keeps its zero loss zero.
+            name: total / max(1, counts[run.engine.count_of[name]])
             for name, total in run.engine.sum_over_ranks(sums).items()
         }
         loss = next(iter(means.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,8 @@ def withhold_on_rank(topology: Topology, settings: dict[str, Any]) -> list[Any]:
     batch = contract.make_batch([topology.rank])
     for step in range(7):
         before = contract.state_digest(engine)
-        # Dividing by no targets at all is what makes this gradient no number.
-        count = 0 if step == 2 else batch.target_count * topology.world_size
+        # Dividing by what is no number is what makes this gradient none.
+        count = math.nan if step == 2 else batch.target_count * topology.world_size
         sums = engine.forward_backward("train", [batch], {"tokens": count})
         loss = torch.tensor(1000.0 if step == 6 else 3.0 + 0.01 * step)
         result = engine.step("train", 1e-3, loss)

@@ -44,12 +44,19 @@ class HandedOverAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        given = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 # A kernel that divides by the scale and does nothing where inf was found.
                 self.grad_scale = self.clip.reciprocal().to(parameter.device)
                 self.found_inf = (1.0 - self.keep).to(parameter.device)
+                if group["left_out"]:
+                    # Without a gradient nothing is decayed and no momentum followed; DeepSpeed wants its buffer back.
+                    given.append((parameter, parameter.grad))
+                    parameter.grad = None
         super().step(closure)
+        for parameter, gradient in given:
+            parameter.grad = gradient
 
 
 @dataclass(frozen=True)
@@ -169,6 +176,7 @@ class DeepSpeedEngine(SteppingEngine):
                 "params": [named[name] for name in group.parameters],
                 "weight_decay": c.weight_decay if group.weight_decay else 0.0,
                 "lr_scale": group.lr_scale,
+                "left_out": False,
             }
             for group in self._trained
         ]
@@ -249,8 +257,9 @@ class DeepSpeedEngine(SteppingEngine):
         grad_norm = self._grad_norm()
         keep, clip = self._decide(grad_norm, loss)
         self._adamw.clip, self._adamw.keep = clip, keep
-        for settings in self._adamw.param_groups:
+        for settings, group in zip(self._adamw.param_groups, self._trained, strict=True):
             settings["lr"] = learning_rate * settings["lr_scale"]
+            settings["left_out"] = self._is_left_out(group)
         self._engine.step()
         if self.stage == 3 and self._zero.overflow:
             # A step that DeepSpeed gave up left parameters ungathered that the next one expects to be there.

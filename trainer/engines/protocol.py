@@ -82,7 +82,8 @@ class Engine(ABC):
         """Collective: accumulate the gradient of one phase over this rank's micro-batches.
 
         Args:
-            counts: the step's global counts (all ranks, all micro-batches) that divide the losses.
+            counts: the step's global counts (all ranks, all micro-batches) that divide the losses; a count of 0 divides by 1,
+                and groups that need it are left out of the update that follows (`ParameterGroup.needs`).
 
         Returns:
             Detached fp32 sums of each term and metric over this rank's micro-batches.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...models.batch import PackedBatch
-from ...models.task import Task
+from ...models.task import ParameterGroup, Task
 from ..optimization.config import OptimizerConfig
 from ..optimization.skip_step import SkipStep
 from ..seeding import seed_micro_batch
@@ -28,6 +28,8 @@ class SteppingEngine(Engine):
     seed: int
     optimizer_config: OptimizerConfig
     skip_step: SkipStep | None
+    groups: list[ParameterGroup]
+    _counts: Mapping[str, int]
 
     @property
     def data_rank(self) -> int:
@@ -40,6 +42,7 @@ class SteppingEngine(Engine):
     def forward_backward(
         self, phase: str, micro_batches: Sequence[PackedBatch], counts: Mapping[str, int]
     ) -> dict[str, Tensor]:
+        self._counts = counts
         sums: dict[str, Tensor] = {}
         for place, batch in enumerate(micro_batches):
             self._set_sync(is_last=place == len(micro_batches) - 1)
@@ -47,9 +50,10 @@ class SteppingEngine(Engine):
             on_device = batch.to(self.topology.device)
             with self._autocast():
                 output = self.task.losses(self._called_networks(), on_device, phase)
-            # Gradients are averaged over the data ranks; counts are global, so the sum is wanted.
+            # Gradients are averaged over the data ranks; counts are global, so the sum is wanted. What nobody has is divided by
+            # one: its zero loss stays zero.
             objective = sum(
-                t.weight * t.total.float() / counts[t.count] for t in output.terms.values()
+                t.weight * t.total.float() / (counts[t.count] or 1) for t in output.terms.values()
             )
             self._backward(objective * self.data_ranks)
             for name, term in {**output.terms, **output.metrics}.items():
@@ -71,6 +75,10 @@ class SteppingEngine(Engine):
 
     def _backward(self, objective: Any) -> None:
         objective.backward()
+
+    def _is_left_out(self, group: ParameterGroup) -> bool:
+        """Whether no rank's part of this step has what the group needs; the host knows, on every rank alike."""
+        return group.needs is not None and self._counts[group.needs] == 0
 
     def _decide(self, grad_norm: Tensor, loss: Tensor | None) -> tuple[Tensor, Tensor]:
         """(keep, clip): () 1 or 0 to withhold the update, () the factor on every gradient; waits for nothing."""

@@ -179,7 +179,8 @@ class TorchEngine(SteppingEngine):
         grad_norm = squares.sum().sqrt()
         keep, clip = self._decide(grad_norm, loss)
         self._remember_withheld(phase, names, squares, keep)
-        updates.apply(learning_rate, keep, clip, sparse)
+        left_out = {group.name for group in updates.groups if self._is_left_out(group)}
+        updates.apply(learning_rate, keep, clip, sparse, left_out)
         if phase in self.averages:
             self.averages[phase].update(keep)
         updates.clear_gradients()

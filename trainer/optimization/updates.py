@@ -6,7 +6,7 @@ so its state is plain ranges too and goes into the checkpoint as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,7 +117,12 @@ class Updates:
         }
 
     def apply(
-        self, lr: float, keep: Tensor, clip: Tensor, sparse_gradients: Mapping[str, Tensor]
+        self,
+        lr: float,
+        keep: Tensor,
+        clip: Tensor,
+        sparse_gradients: Mapping[str, Tensor],
+        left_out: Collection[str] = (),
     ) -> None:
         """Update every group.
 
@@ -126,7 +131,13 @@ class Updates:
             keep: () 1, or 0 to withhold the update, moments and step counts included.
             clip: () factor on every gradient.
             sparse_gradients: coalesced, by logical name.
+            left_out: names of groups that stay as they are.
         """
+        for group in self.dense:
+            if group.name in left_out:
+                # To AdamW no gradient is another thing than zeros, which would still decay weights and follow momentum.
+                for item in self.members[group.name]:
+                    item.leaf.grad = None
         if self.adamw is not None:
             for settings in self.adamw.param_groups:
                 settings["lr"] = lr * settings["lr_scale"]
@@ -135,6 +146,8 @@ class Updates:
             self.adamw.found_inf = 1.0 - keep  # type: ignore[attr-defined]
             self.adamw.step()
         for group in self.sparse:
+            if group.name in left_out:
+                continue
             self.sparse_steps[group.name] += keep
             for item in self.members[group.name]:
                 gradient = sparse_gradients.get(item.name)

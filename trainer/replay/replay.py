@@ -106,12 +106,12 @@ class _Session:
         return self.loaders[key]
 
     def counts(self, batches: Sequence[PackedBatch]) -> dict[str, int]:
-        """What losses are divided by; as in the loop, a count of nothing is one."""
+        """What losses are divided by."""
         total: dict[str, int] = {}
         for batch in batches:
             for name, count in self.task.counts(batch).items():
                 total[name] = total.get(name, 0) + count
-        return {name: max(1, count) for name, count in total.items()}
+        return total
 
 
 def replay_step(
@@ -223,7 +223,7 @@ def _means(sums: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Tensor]
     """Means under the names of records: the first term is called loss."""
     names = ["loss", *list(sums)[1:]]
     totals = zip(names, sums.values(), strict=True)
-    return {name: total / counts["tokens"] for name, total in totals}
+    return {name: total / max(1, counts["tokens"]) for name, total in totals}
 
 
 def _replay_streamed(session: _Session, step: int) -> ReplayReport:

@@ -81,7 +81,8 @@ class StreamedNetworks:
                 with self._autocast():
                     output = self.task.losses(self.networks, batch.to(self.device), phase)
                 objective = sum(
-                    t.weight * t.total.float() / counts[t.count] for t in output.terms.values()
+                    t.weight * t.total.float() / (counts[t.count] or 1)
+                    for t in output.terms.values()
                 )
                 objective.backward()  # type: ignore[union-attr]
                 self._drop()
