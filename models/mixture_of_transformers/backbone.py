@@ -165,13 +165,13 @@ class Block(nn.Module):
         def norm(layer: RoutedRMSNorm, rows: Tensor) -> Tensor:
             return _apply(layer, rows, routing, context)
 
+        # First and not last: what a block returns must not be a view, for FSDP2's sake.
+        x = _touch_others(self, x, context)
         if self.is_reordered:
             x = x + norm(self.attention_norm, self.attention(x, routing, context))
-            x = x + norm(self.mlp_norm, self.mlp(x, routing, context))
-        else:
-            x = x + self.attention(norm(self.attention_norm, x), routing, context)
-            x = x + self.mlp(norm(self.mlp_norm, x), routing, context)
-        return _touch_others(self, x, context)
+            return x + norm(self.mlp_norm, self.mlp(x, routing, context))
+        x = x + self.attention(norm(self.attention_norm, x), routing, context)
+        return x + self.mlp(norm(self.mlp_norm, x), routing, context)
 
 
 class RoutedTransformer(Backbone):
@@ -201,7 +201,8 @@ class RoutedTransformer(Backbone):
         self._check_attention(x)
         for block in self.blocks:
             x = block(x, routing, context)
-        return _touch_others(self.norm, _apply(self.norm, x, routing, context), context)
+        x = _touch_others(self.norm, x, context)
+        return _apply(self.norm, x, routing, context)
 
     def _layout(self, batch: PackedBatch) -> PackedLayout:
         places = (batch.cu_seqlens, batch.position_ids, batch.max_seqlen, batch.row_length)
