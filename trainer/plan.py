@@ -45,6 +45,7 @@ RECOMPUTE_TIME = {"none": 0.0, "selective": 0.03, "block": 1 / 3}
 ASSUMPTIONS = (
     "FLOPs: the family's formula, of a transformer 6 a multiplied parameter and 12*L*H*hd*S for attention, without a causal discount; recomputation is not counted",
     "weights, gradients and both Adam moments are fp32; fsdp and hsdp split them over the ranks that share one copy",
+    "what is frozen has neither gradients nor moments, and is in no checkpoint of the run",
     "fsdp and hsdp keep whole gradients between the micro-batches of a step, since only the last one communicates",
     "hashed n-gram tables are held whole by every rank, and their gradient has the rows of one micro-batch",
     "activations are those of eager PyTorch with flash attention; parallel.compile needs less",
@@ -176,6 +177,7 @@ def _plan(config: TrainingConfig, gpus: int, hardware: Hardware) -> Plan:
     model: Any = config.model
     parameters = model.count_parameters()
     total = sum(parameters.values())
+    frozen = sum(model.count_frozen().values()) if hasattr(model, "count_frozen") else 0
     layout = resolve_layout(config, gpus)
     if hardware.zero_stage is not None:
         stage, shards = hardware.zero_stage, gpus if hardware.zero_stage else 1
@@ -204,7 +206,8 @@ def _plan(config: TrainingConfig, gpus: int, hardware: Hardware) -> Plan:
         communication=communication,
         communication_seconds=sending,
         step_seconds=max(compute, sending),
-        checkpoint_bytes=total * (MASTER_BYTES + 2 * MOMENT_BYTES),
+        # What is frozen is another run's and named, not copied.
+        checkpoint_bytes=(total - frozen) * (MASTER_BYTES + 2 * MOMENT_BYTES),
         weights_bytes=total * MASTER_BYTES,
         seconds=config.train.steps * step_flops / (gpus * hardware.peak_flops * hardware.mfu),
         fits=memory.total <= hardware.memory_bytes,

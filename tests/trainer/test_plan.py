@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_run import write_recipe
 from weft.launch.options import load_recipe
 from weft.models.errors import ConfigError
+from weft.models.transformer.config import Config as TransformerConfig
+from weft.trainer.configuration.load import load_config
 from weft.trainer.plan import Hardware, Plan, plan_run, plan_scaling, propose, propose_more
 
 P7, BLOCK7, VOCABULARY = 7_298_617_344, 202_391_552, 100_352 * 4096
@@ -190,3 +195,36 @@ def test_proposals_fit_as_typed_and_come_fastest_first() -> None:
     more = propose_more(config, 8, hardware)
     assert more is not None
     assert more.plan.gpus > 8
+
+
+LMFUSION: dict[str, Any] = {
+    "family": "mixture_of_transformers",
+    "modalities": ["text", "image"],
+    "image": {"channels": 4, "size": 8},
+    "special_ids": [260, 261],
+    "base": {
+        "source": "nowhere",
+        "architecture": {"vocab_size": 260, "n_layers": 2, "d_model": 64, "n_heads": 4, "d_ff": 96},
+    },
+}
+
+
+def test_a_frozen_base_has_weights_and_nothing_else(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, model=LMFUSION)
+    base = TransformerConfig(**LMFUSION["base"]["architecture"]).count_parameters()
+    for strategy in ("single", "ddp", "fsdp"):
+        gpus = 1 if strategy == "single" else 2
+        overrides = [f"parallel.strategy={strategy}", "train.micro_batch_tokens=null"]
+        found = plan_run(load_config(str(recipe), overrides, tmp_path).config, gpus, Hardware())
+        total, frozen = sum(found.parameters.values()), sum(base.values())
+        shards = gpus if strategy == "fsdp" else 1
+        assert found.memory.parameters == pytest.approx(4 * total / shards, abs=4)
+        assert found.memory.optimizer == pytest.approx(8 * (total - frozen) / shards, abs=8)
+        assert found.checkpoint_bytes == 12 * (total - frozen)
+        sent = found.communication
+        assert sent.reduce + sent.scatter == pytest.approx(
+            4 * (total - frozen) * (strategy != "single") / (2 if shards > 1 else 1), abs=8
+        )
+    zero = plan_run(load_config(str(recipe), [], tmp_path).config, 2, Hardware(zero_stage=1))
+    assert zero.memory.optimizer == pytest.approx(12 * (total - frozen) / 2, abs=12)
+    assert zero.memory.parameters == 4 * total

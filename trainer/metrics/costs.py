@@ -6,7 +6,7 @@ model and its hashed tables; here both stand beside the rest. Two hooks are aske
 - `forward_flops_per_byte(context_bytes, patch_size)` of a model section: FLOPs of a forward pass by part. Other families' are
   taken from `flops_per_token`.
 - `takes_model_of` of any section in it: keys that hold another run's model, frozen here; its part of the FLOPs has the name of
-  the key that names that run.
+  the key that names that run. With `is_inside` it is a part of the model, which counts it by itself.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def _auxiliary_models(section: Section) -> Iterator[tuple[str, Any]]:
     for key in type(section).model_fields:
         value = getattr(section, key)
         if key in borrowed and value is not None:
-            yield borrowed[key], value
+            if not getattr(section, "is_inside", False):
+                yield borrowed[key], value
         elif isinstance(value, Section):
             yield from _auxiliary_models(value)

@@ -54,7 +54,8 @@ class Communication:
 def count_communication(config: TrainingConfig, layout: Layout) -> Communication:
     """Bytes a rank sends in one step of a layout."""
     sizes = sizes_of(config, layout.micro_batch_tokens)
-    size, dense, times = COMPUTE_BYTES[config.precision.compute], sizes.dense, layout.micro_batches
+    size, times = COMPUTE_BYTES[config.precision.compute], layout.micro_batches
+    dense, trained = sizes.dense, sizes.trained
     shards, ranks = layout.shard_ranks, layout.ranks
     copies = ranks // shards
     # Blocks are gathered for the forward and for the backward pass, the ends stay from one to the other.
@@ -62,12 +63,12 @@ def count_communication(config: TrainingConfig, layout: Layout) -> Communication
     gather = scatter = reduce = 0.0
     if layout.strategy in ("fsdp", "hsdp"):
         each = times if layout.reduces_each else 1
-        gather, scatter = twice, dense * GRADIENT_BYTES * each
-        reduce = 2 * _ring(copies) * dense / shards * GRADIENT_BYTES * each
+        gather, scatter = twice, trained * GRADIENT_BYTES * each
+        reduce = 2 * _ring(copies) * trained / shards * GRADIENT_BYTES * each
     elif layout.strategy == "ddp":
-        reduce = 2 * _ring(ranks) * dense * GRADIENT_BYTES
+        reduce = 2 * _ring(ranks) * trained * GRADIENT_BYTES
     elif layout.strategy == "zero3":
-        gather, scatter = 2 * dense * size * times, dense * size * times
+        gather, scatter = 2 * dense * size * times, trained * size * times
     elif layout.strategy in ("zero1", "zero2"):
         # Stage 2 has no room for whole gradients between micro-batches, so it sends each.
         gather, scatter = dense * size, dense * size * (times if layout.strategy == "zero2" else 1)
@@ -83,5 +84,7 @@ def _ring(ranks: int) -> float:
 
 
 def _row_bytes(config: TrainingConfig, values: int) -> int:
+    if not values:
+        return 0
     model: Any = config.model
     return values * GRADIENT_BYTES + values // model.table_width * INDEX_BYTES

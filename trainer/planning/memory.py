@@ -91,7 +91,11 @@ def resolve_layout(config: TrainingConfig, ranks: int) -> Layout:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Parameter counts: dense ones by place, hashed tables, and their rows that one micro-batch touches."""
+    """Parameter counts: dense ones by place, hashed tables, and their rows that one micro-batch touches.
+
+    Args:
+        frozen: of `dense`, those that are not trained; `frozen_blocks` of them lie in blocks.
+    """
 
     dense: int
     block: int
@@ -99,10 +103,28 @@ class _Sizes:
     head: int
     tables: int
     rows: int
+    frozen: int
+    frozen_blocks: int
 
     @property
     def ends(self) -> int:
         return self.dense - self.blocks
+
+    @property
+    def trained(self) -> int:
+        return self.dense - self.frozen
+
+    @property
+    def trained_block(self) -> int:
+        return self.block - self.frozen_blocks * self.block // self.blocks
+
+    @property
+    def trained_ends(self) -> int:
+        return self.ends - (self.frozen - self.frozen_blocks)
+
+    @property
+    def trained_head(self) -> int:
+        return min(self.head, self.trained_ends)
 
 
 def sizes_of(config: TrainingConfig, tokens: int) -> _Sizes:
@@ -110,6 +132,7 @@ def sizes_of(config: TrainingConfig, tokens: int) -> _Sizes:
     family = importlib.import_module(f"...models.{model.family}.memory", __package__)
     counts = model.count_parameters()
     tables = counts.get("ngram_tables", 0)
+    frozen = model.count_frozen() if hasattr(model, "count_frozen") else {}
     return _Sizes(
         dense=sum(counts.values()) - tables,
         block=family.block_parameters(model),
@@ -117,6 +140,8 @@ def sizes_of(config: TrainingConfig, tokens: int) -> _Sizes:
         head=counts.get("head") or counts["embedding"],
         tables=tables,
         rows=_touched_values(model, tokens) if tables else 0,
+        frozen=sum(frozen.values()),
+        frozen_blocks=frozen.get("blocks", 0),
     )
 
 
@@ -154,16 +179,15 @@ def count_memory(config: TrainingConfig, layout: Layout, fixed_bytes: int) -> Me
 def _torch_state(sizes: _Sizes, layout: Layout, size: int, fixed: int) -> Memory:
     """What is there between steps: master weights and both moments, split over the shards."""
     held = -(-sizes.dense // layout.shard_ranks) + sizes.tables
-    return Memory("", held * MASTER_BYTES, 0, held * 2 * MOMENT_BYTES, 0, 0, {}, fixed)
+    trained = -(-sizes.trained // layout.shard_ranks) + sizes.tables
+    return Memory("", held * MASTER_BYTES, 0, trained * 2 * MOMENT_BYTES, 0, 0, {}, fixed)
 
 
 def _zero_state(sizes: _Sizes, layout: Layout, size: int, fixed: int) -> Memory:
     """DeepSpeed's: weights in the compute type beside a split fp32 copy and split moments (arXiv 1910.02054, section 5)."""
-    whole, split = (
-        sizes.dense + sizes.tables,
-        -(-(sizes.dense + sizes.tables) // layout.shard_ranks),
-    )
-    weights = (split if layout.strategy == "zero3" else whole) * size
+    whole = sizes.dense + sizes.tables
+    split = -(-(sizes.trained + sizes.tables) // layout.shard_ranks)
+    weights = (-(-whole // layout.shard_ranks) if layout.strategy == "zero3" else whole) * size
     master = split * MASTER_BYTES
     optimizer = master + split * 2 * MOMENT_BYTES
     host = 0
@@ -176,7 +200,7 @@ def _zero_state(sizes: _Sizes, layout: Layout, size: int, fixed: int) -> Memory:
 
 
 def _gradients(sizes: _Sizes, layout: Layout, size: int, done: int, is_only: bool) -> int:
-    """Bytes of gradients when `done` dense parameters have those of the last micro-batch.
+    """Bytes of gradients when `done` trained dense parameters have those of the last micro-batch.
 
     With more than one micro-batch the others left theirs: FSDP2 keeps them whole where only the last one communicates;
     ZeRO 2 and 3 split them after each.
@@ -193,13 +217,13 @@ def _gradients(sizes: _Sizes, layout: Layout, size: int, done: int, is_only: boo
         return (
             rows + -(-done // parts) * size
             if is_only
-            else rows + -(-sizes.dense // parts) * GRADIENT_BYTES
+            else rows + -(-sizes.trained // parts) * GRADIENT_BYTES
         )
     if strategy in SHARDED and layout.reduces_each and not is_only:
-        return rows + -(-sizes.dense // layout.shard_ranks) * GRADIENT_BYTES
+        return rows + -(-sizes.trained // layout.shard_ranks) * GRADIENT_BYTES
     if strategy in SHARDED:
-        return rows + (split + (0 if is_only else sizes.dense - done)) * GRADIENT_BYTES
-    return rows + (done if is_only else sizes.dense) * GRADIENT_BYTES
+        return rows + (split + (0 if is_only else sizes.trained - done)) * GRADIENT_BYTES
+    return rows + (done if is_only else sizes.trained) * GRADIENT_BYTES
 
 
 def _gathered(sizes: _Sizes, layout: Layout, size: int, blocks: int) -> int:
@@ -215,9 +239,9 @@ def _in_buckets(sizes: _Sizes, layout: Layout, done: int) -> int:
     """Copies of gradients on their way: ddp keeps every bucket until the last one is back."""
     if layout.strategy == "ddp":
         bucket = BUCKET_BYTES // GRADIENT_BYTES
-        return (done if done == sizes.dense else done // bucket * bucket) * GRADIENT_BYTES
+        return (done if done == sizes.trained else done // bucket * bucket) * GRADIENT_BYTES
     if layout.strategy.startswith("zero"):
-        return min(sizes.dense, ZERO_BUCKET_VALUES) * GRADIENT_BYTES
+        return min(sizes.trained, ZERO_BUCKET_VALUES) * GRADIENT_BYTES
     return 0
 
 
@@ -229,7 +253,8 @@ def _backward_begins(
     return replace(
         state,
         moment="its backward pass begins",
-        gradients=_gradients(sizes, layout, size, 0, layout.micro_batches == 1) + sizes.head * size,
+        gradients=_gradients(sizes, layout, size, 0, layout.micro_batches == 1)
+        + sizes.trained_head * size,
         compute_copies=_gathered(sizes, layout, size, 1),
         activations={name: parts[name] for name in names},
     )
@@ -245,11 +270,11 @@ def _in_block(
     blocks: int,
 ) -> Memory:
     """The turn of a block with `below` blocks below it; those above have their gradients."""
-    above = (blocks - 1 - below) * sizes.block
-    done = above + (0 if layout.strategy in SHARDED else sizes.head)
+    above = (blocks - 1 - below) * sizes.trained_block
+    done = above + (0 if layout.strategy in SHARDED else sizes.trained_head)
     # The root of a sharded model reduces last: until then the head's gradient is whole.
-    own = sizes.head * size if layout.strategy in SHARDED else 0
-    sending = sizes.block * GRADIENT_BYTES if layout.strategy in SHARDED and above else 0
+    own = sizes.trained_head * size if layout.strategy in SHARDED else 0
+    sending = sizes.trained_block * GRADIENT_BYTES if layout.strategy in SHARDED and above else 0
     return replace(
         state,
         moment="a block is in its backward pass",
@@ -266,13 +291,13 @@ def _in_block(
 
 def _backward_ends(state: Memory, sizes: _Sizes, layout: Layout, size: int) -> Memory:
     """All gradients, and those on their way."""
-    sending = sizes.ends * (size + GRADIENT_BYTES) if layout.strategy in SHARDED else 0
+    sending = sizes.trained_ends * (size + GRADIENT_BYTES) if layout.strategy in SHARDED else 0
     return replace(
         state,
         moment="its backward pass ends",
-        gradients=_gradients(sizes, layout, size, sizes.dense, True),
+        gradients=_gradients(sizes, layout, size, sizes.trained, True),
         compute_copies=sizes.ends * size if layout.strategy in SHARDED else 0,
-        communication=sending + _in_buckets(sizes, layout, sizes.dense),
+        communication=sending + _in_buckets(sizes, layout, sizes.trained),
         activations={},
     )
 
