@@ -83,6 +83,7 @@ def _load(base: BaseWeights, engine: Engine, checkpoints: CheckpointManager) -> 
         replace(shards[f"parameters/{ours}"], name=f"parameters/{source}")
         for ours, source in base.parameters.items()
     ]
-    checkpoints.load(Path(name), theirs)
+    # An engine may hold what is frozen in the type it computes in.
+    checkpoints.load(Path(name), theirs, cast=True)
     engine.after_load()
     return weights_digest(read_manifest(Path(name)), base.parameters)

@@ -8,11 +8,9 @@ Sources: Mixture-of-Transformers, arXiv 2411.04996, algorithm 1; LMFusion, arXiv
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from ...kernels import (
     MixedLayout,
@@ -31,27 +29,20 @@ from ...kernels.faces import autocast_dtype
 from ..batch import IMAGE_SPANS, PackedBatch
 from ..errors import ConfigError
 from ..multimodal.network import Backbone
-from ..multimodal.routed import RoutedLinear, RoutedRMSNorm
+from ..multimodal.routed import RoutedLinear, RoutedRMSNorm, only_modality, touch
 from .config import Config
 
 __all__ = ["Block", "Context", "RoutedTransformer"]
 
-Routed = RoutedLinear | RoutedRMSNorm
-
 
 class Context:
-    """What all blocks share in a batch.
+    """What all blocks share in a batch: who sees whom, and angles of positions in their order.
 
     Not a dataclass: FSDP2 rebuilds dataclasses among a block's arguments.
-
-    Args:
-        layout: who sees whom.
-        rotary: angles of positions, in their order.
-        only: the modality of all positions, an index; None where there are several.
     """
 
-    def __init__(self, layout: PackedLayout, rotary: RotaryTable, only: int | None) -> None:
-        self.layout, self.rotary, self.only = layout, rotary, only
+    def __init__(self, layout: PackedLayout, rotary: RotaryTable) -> None:
+        self.layout, self.rotary = layout, rotary
 
 
 class Attention(nn.Module):
@@ -61,8 +52,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         d, hd, modalities = config.d_model, config.head_width, config.modalities
-        q, kv = config.n_heads * hd, config.kv_heads * hd
-        split = config.split
+        q, kv, split = config.n_heads * hd, config.kv_heads * hd, config.split
         self.q_proj = RoutedLinear(d, q, modalities, split=split.qkv)
         self.k_proj = RoutedLinear(d, kv, modalities, split=split.qkv)
         self.v_proj = RoutedLinear(d, kv, modalities, split=split.qkv)
@@ -77,14 +67,13 @@ class Attention(nn.Module):
             )
 
     def forward(self, x: Tensor, routing: Routing, context: Context) -> Tensor:
-        q, k, v = (
-            _apply(layer, x, routing, context) for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if context.only is None:
+        q, k, v = (layer(x, routing) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        only = only_modality(routing)
+        if only is None:
             attended = self._attend(q, k, v, routing, context)
         else:
-            attended = self._attend_plainly(q, k, v, routing, context)
-        return _apply(self.o_proj, attended.flatten(-2), routing, context)
+            attended = self._attend_plainly(q, k, v, only, context)
+        return self.o_proj(attended.flatten(-2), routing)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, routing: Routing, context: Context
@@ -97,37 +86,36 @@ class Attention(nn.Module):
             routing,
             context.layout,
             table=context.rotary,
-            q_weights=None if self.q_norm is None else _weights(self.q_norm),
-            k_weights=None if self.k_norm is None else _weights(self.k_norm),
+            q_weights=None if self.q_norm is None else self.q_norm.weights,
+            k_weights=None if self.k_norm is None else self.k_norm.weights,
             eps=self.config.norm_eps,
             backend=self.config.attention,
         )
 
     def _attend_plainly(
-        self, q: Tensor, k: Tensor, v: Tensor, routing: Routing, context: Context
+        self, q: Tensor, k: Tensor, v: Tensor, only: int, context: Context
     ) -> Tensor:
         """As `models/transformer/model.py`, operation by operation."""
         norm = self.config.qk_norm
         if norm == "full":
-            q, k = self._normalise(q, k, routing, context)
+            q, k = _normalise(self.q_norm, q, only), _normalise(self.k_norm, k, only)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
         if norm == "head":
-            q, k = self._normalise(q, k, routing, context)
+            q, k = _normalise(self.q_norm, q, only), _normalise(self.k_norm, k, only)
         q, k = apply_rotary(q, context.rotary), apply_rotary(k, context.rotary)
         return mixed_attention(q, k, v, context.layout, self.config.attention)
 
-    def _normalise(
-        self, q: Tensor, k: Tensor, routing: Routing, context: Context
-    ) -> tuple[Tensor, Tensor]:
-        assert self.q_norm is not None
-        assert self.k_norm is not None
-        return (
-            _apply(self.q_norm, q, routing, context),
-            _apply(self.k_norm, k, routing, context),
-        )
-
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.config.head_width))
+
+
+def _normalise(norm: RoutedRMSNorm | None, x: Tensor, only: int) -> Tensor:
+    """Not by a call of the module, which sorted batches do without: under ZeRO 3 all ranks must call the same ones."""
+    assert norm is not None
+    weights = norm.weights
+    if norm.is_split:
+        x = touch(x, [weight for place, weight in enumerate(weights) if place != only])
+    return rms_norm(x, weights[only], norm.eps)
 
 
 class MLP(nn.Module):
@@ -140,11 +128,9 @@ class MLP(nn.Module):
         self.up_proj = RoutedLinear(d, f, modalities, split=split)
         self.down_proj = RoutedLinear(f, d, modalities, split=split)
 
-    def forward(self, x: Tensor, routing: Routing, context: Context) -> Tensor:
-        gate = silu(_apply(self.gate_proj, x, routing, context))
-        return _apply(
-            self.down_proj, gate * _apply(self.up_proj, x, routing, context), routing, context
-        )
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        gate = silu(self.gate_proj(x, routing))
+        return self.down_proj(gate * self.up_proj(x, routing), routing)
 
 
 class Block(nn.Module):
@@ -161,17 +147,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing, context: Context) -> Tensor:
         """(T, d) sorted rows to (T, d)."""
-
-        def norm(layer: RoutedRMSNorm, rows: Tensor) -> Tensor:
-            return _apply(layer, rows, routing, context)
-
-        # First and not last: what a block returns must not be a view, for FSDP2's sake.
-        x = _touch_others(self, x, context)
         if self.is_reordered:
-            x = x + norm(self.attention_norm, self.attention(x, routing, context))
-            return x + norm(self.mlp_norm, self.mlp(x, routing, context))
-        x = x + self.attention(norm(self.attention_norm, x), routing, context)
-        return x + self.mlp(norm(self.mlp_norm, x), routing, context)
+            x = x + self.attention_norm(self.attention(x, routing, context), routing)
+            return x + self.mlp_norm(self.mlp(x, routing), routing)
+        x = x + self.attention(self.attention_norm(x, routing), routing, context)
+        return x + self.mlp(self.mlp_norm(x, routing), routing)
 
 
 class RoutedTransformer(Backbone):
@@ -186,23 +166,21 @@ class RoutedTransformer(Backbone):
         )
 
     def context(self, batch: PackedBatch, routing: Routing) -> Context:
-        """Layout, angles, and whether there is but one modality.
-
-        Raises:
-            ConfigError: the configured attention does not run on this device.
-        """
+        """Layout and angles."""
         layout = self._layout(batch)
         layout.prepare(self.config.attention)
-        present = [place for place, size in enumerate(routing.sizes) if size]
-        only = present[0] if len(present) == 1 else None
-        return Context(layout, self._rotary(batch.position_ids), only)
+        return Context(layout, self._rotary(batch.position_ids))
 
     def forward(self, x: Tensor, routing: Routing, context: Context) -> Tensor:
+        """See `Backbone.forward`.
+
+        Raises:
+            ConfigError: the configured attention does not run on this device and type.
+        """
         self._check_attention(x)
         for block in self.blocks:
             x = block(x, routing, context)
-        x = _touch_others(self.norm, x, context)
-        return _apply(self.norm, x, routing, context)
+        return self.norm(x, routing)
 
     def _layout(self, batch: PackedBatch) -> PackedLayout:
         places = (batch.cu_seqlens, batch.position_ids, batch.max_seqlen, batch.row_length)
@@ -216,7 +194,7 @@ class RoutedTransformer(Backbone):
         c = self.config
         stretch = c.rope_scaling.model_dump() if c.rope_scaling else {}
         # Rederived in each forward: a buffer would hold garbage after meta-device construction.
-        dtype = torch.promote_types(_weight(self.norm, 0).dtype, torch.float32)
+        dtype = torch.promote_types(self.norm.weights[0].dtype, torch.float32)
         frequencies = rotary_frequencies(
             c.head_width, c.rope_theta, device=positions.device, dtype=dtype, **stretch
         )
@@ -227,58 +205,3 @@ class RoutedTransformer(Backbone):
         problem = attention_problem(self.config.attention, x.device, dtype, x.requires_grad)
         if problem:
             raise ConfigError(f"model.attention={self.config.attention}: {problem}")
-
-
-def _weight(layer: Routed, modality: int) -> Tensor:
-    weight = layer.weight
-    if isinstance(weight, nn.ParameterDict):
-        return weight[layer.modalities[modality]]
-    return weight
-
-
-def _weights(layer: Routed) -> list[Tensor]:
-    """One for each modality, which may be the same."""
-    return [_weight(layer, place) for place in range(len(layer.modalities))]
-
-
-def _apply(layer: Routed, x: Tensor, routing: Routing, context: Context) -> Tensor:
-    """A layer on sorted rows; where all are of one modality, as if it had no other."""
-    if context.only is None:
-        return layer(x, routing)
-    weight = _weight(layer, context.only)
-    if isinstance(layer, RoutedRMSNorm):
-        return rms_norm(x, weight, layer.eps)
-    return linear(x, weight)
-
-
-class _Touch(torch.autograd.Function):
-    """Nothing forward; backward, zeros for weights that met no row."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.like = [(weight.shape, weight.dtype, weight.device) for weight in weights]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[1:]
-        return grad, *(
-            torch.zeros(shape, dtype=dtype, device=device) if wanted else None
-            for wanted, (shape, dtype, device) in zip(needs, ctx.like, strict=True)
-        )
-
-
-def _touch_others(module: nn.Module, x: Tensor, context: Context) -> Tensor:
-    """Put the weights of modalities without rows into x's graph: a rank that lacks a modality, or a whole step, has zero
-    gradients and joins every collective, even where nothing else is trained.
-    """
-    if context.only is None or not torch.is_grad_enabled():
-        return x
-    others = [
-        weight
-        for layer in module.modules()
-        if isinstance(layer, (RoutedLinear, RoutedRMSNorm)) and layer.is_split
-        for place, weight in enumerate(_weights(layer))
-        if place != context.only and weight.requires_grad
-    ]
-    return _Touch.apply(x, *others) if others else x

@@ -1,11 +1,14 @@
 """Layers with weights of their own for each modality, over rows sorted by modality; or with weights that all share.
 
 Parameters are called `weight.text`, `weight.image` and so on, so that groups, freezing and start values go by name.
+Where all rows are of one modality, a layer does what a layer without modalities does, operation for operation, and the
+weights that met no row have gradients of zero: a rank that lacks a modality joins every collective.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +16,7 @@ from torch.nn.functional import linear
 
 from ...kernels import Routing, rms_norm, routed_linear, routed_rms_norm
 
-__all__ = ["RoutedLinear", "RoutedRMSNorm"]
+__all__ = ["RoutedLinear", "RoutedRMSNorm", "only_modality", "touch"]
 
 
 class RoutedLinear(nn.Module):
@@ -47,9 +50,14 @@ class RoutedLinear(nn.Module):
             assert bias is None or isinstance(bias, nn.Parameter)
             return linear(x, self.weight, bias)
         weights = [self.weight[name] for name in self.modalities]
+        biases = None
         if isinstance(self.bias, nn.ParameterDict):
-            return routed_linear(x, weights, routing, [self.bias[n] for n in self.modalities])
-        return routed_linear(x, weights, routing)
+            biases = [self.bias[name] for name in self.modalities]
+        only = only_modality(routing)
+        if only is None:
+            return routed_linear(x, weights, routing, biases)
+        x = touch(x, _others(weights, only) + _others(biases or [], only))
+        return linear(x, weights[only], biases[only] if biases else None)
 
 
 class RoutedRMSNorm(nn.Module):
@@ -73,7 +81,46 @@ class RoutedRMSNorm(nn.Module):
         """(T, width), in the type of x."""
         if isinstance(self.weight, nn.Parameter):
             return rms_norm(x, self.weight, self.eps)
-        return routed_rms_norm(x, [self.weight[n] for n in self.modalities], routing, self.eps)
+        weights = self.weights
+        only = only_modality(routing)
+        if only is None:
+            return routed_rms_norm(x, weights, routing, self.eps)
+        return rms_norm(touch(x, _others(weights, only)), weights[only], self.eps)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """One for each modality, all the same where it is not split."""
+        if isinstance(self.weight, nn.Parameter):
+            return [self.weight] * len(self.modalities)
+        return [self.weight[name] for name in self.modalities]
+
+
+def only_modality(routing: Routing) -> int | None:
+    """The modality that all rows are of, an index; None where there are several."""
+    present = [place for place, size in enumerate(routing.sizes) if size]
+    return present[0] if len(present) == 1 else None
+
+
+def touch(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """x, with weights in its graph that have nothing to do with it: their gradients are zeros, not missing."""
+    wanted = [weight for weight in weights if weight.requires_grad]
+    return _Touch.apply(x, *wanted) if wanted and torch.is_grad_enabled() else x
+
+
+class _Touch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.like = [(weight.shape, weight.dtype, weight.device) for weight in weights]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        zeros = (torch.zeros(size, dtype=dtype, device=device) for size, dtype, device in ctx.like)
+        return grad, *zeros
+
+
+def _others(weights: Sequence[Tensor], only: int) -> list[Tensor]:
+    return [weight for place, weight in enumerate(weights) if place != only]
 
 
 def _parameters(

@@ -229,6 +229,46 @@ def test_a_rank_and_a_step_without_images(base: Path) -> None:
     assert alone["free single"][1][2] > 0
 
 
+ZERO: dict[str, dict[str, Any]] = {
+    "1": {"zero_stage": 1},
+    "2": {"zero_stage": 2},
+    "3": {"zero_stage": 3},
+    "3 gathered late": {
+        "zero_stage": 3,
+        "config": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+    },
+}
+
+
+def train_with_deepspeed(topology: Topology, source: str) -> dict[str, Any]:
+    steps = [batches_of(step) for step in range(len(STEPS))]
+    found: dict[str, Any] = {}
+    for stage, settings in ZERO.items():
+        parallel = {"engine": "deepspeed", "deepspeed": settings}
+        engine = open_engine(topology, config(source), parallel=parallel)
+        before = {s.name: digest(s.tensor) for s in engine.base_shards()}
+        found[stage] = train(engine, steps)
+        assert {s.name: digest(s.tensor) for s in engine.base_shards()} == before
+    half = open_engine(topology, config(source), parallel=parallel, precision={"compute": "bf16"})
+    assert {s.tensor.dtype for s in half.base_shards()} == {torch.bfloat16}
+    found["bf16"] = train(half, steps)
+    return found
+
+
+def test_deepspeed_does_the_same(base: Path) -> None:
+    alone = train(open_engine(Topology(), config(base)), [batches_of(s) for s in range(len(STEPS))])
+    for found in run_ranks(2, "test_lmfusion:train_with_deepspeed", str(base)):
+        for way, values in found.items():
+            close = 3e-2 if way == "bf16" else 1e-4
+            torch.testing.assert_close(
+                torch.tensor(values),
+                torch.tensor(alone),
+                rtol=close,
+                atol=close,
+                msg=lambda m, w=way: f"{w}: {m}",
+            )
+
+
 def write_lmfusion(folder: Path, base: Path, **changes: Any) -> Path:
     model = {
         "family": "mixture_of_transformers",

@@ -29,7 +29,7 @@ from ..distributed import Topology
 from ..engines.protocol import TensorShard
 from ..files import free_bytes, sync_directory, write_json
 from .config import CheckpointConfig
-from .layout import MANIFEST, Manifest, checkpoints_folder, step_folder
+from .layout import DTYPES, MANIFEST, Manifest, checkpoints_folder, step_folder
 from .reading import (
     CheckpointInfo,
     list_checkpoints,
@@ -351,13 +351,19 @@ class CheckpointManager:
         return found
 
     def load(
-        self, path: Path, shards: Sequence[TensorShard], *, complete: bool = False
+        self,
+        path: Path,
+        shards: Sequence[TensorShard],
+        *,
+        complete: bool = False,
+        cast: bool = False,
     ) -> LoadedCheckpoint:
         """Collective: fill the shards in place from a checkpoint written on any number of ranks.
 
         Args:
             shards: what to fill; may be a part of what is stored.
             complete: refuse a checkpoint that holds more than that.
+            cast: values may be stored in another type than a shard has.
 
         Raises:
             CheckpointError: damaged, or tensors missing or of another shape or type.
@@ -367,13 +373,13 @@ class CheckpointManager:
             if problems:
                 raise CheckpointError(self._damaged(path, problems[0]))
         manifest = read_manifest(path)
-        _check_names(path, manifest, shards, complete=complete)
+        _check_names(path, manifest, shards, complete=complete, cast=cast)
         for shard in shards:
             stored = manifest.tensors.get(shard.name)
             if stored is None and shard.name.startswith("ema/"):
                 stored = manifest.tensors[f"parameters/{shard.name.removeprefix('ema/')}"]
             if stored is not None:
-                flat = torch.empty(shard.tensor.numel(), dtype=shard.tensor.dtype)
+                flat = torch.empty(shard.tensor.numel(), dtype=DTYPES[stored.dtype])
                 read_range(path, stored, shard.start, flat)
                 shard.tensor.detach().view(-1).copy_(flat)
         if path.is_relative_to(self.run_dir):
@@ -393,7 +399,12 @@ class CheckpointManager:
 
 
 def _check_names(
-    path: Path, manifest: Manifest, shards: Sequence[TensorShard], *, complete: bool
+    path: Path,
+    manifest: Manifest,
+    shards: Sequence[TensorShard],
+    *,
+    complete: bool,
+    cast: bool,
 ) -> None:
     wanted = {shard.name: shard for shard in shards}
     missing = sorted(
@@ -418,7 +429,7 @@ def _check_names(
             raise CheckpointError(
                 f"{name} in {path} has shape {list(stored.shape)}, this run's is {list(shard.shape)}"
             )
-        if stored.dtype != CODES.get(shard.tensor.dtype):
+        if not cast and stored.dtype != CODES.get(shard.tensor.dtype):
             raise CheckpointError(
                 f"{name} in {path} is {stored.dtype}, this run's is {shard.tensor.dtype}"
             )

@@ -303,10 +303,19 @@ class DeepSpeedEngine(SteppingEngine):
 
     def base_shards(self) -> list[TensorShard]:
         return [
-            TensorShard(f"parameters/{name}", tuple(p.shape), 0, p.data.view(-1), False)
-            for name, p in self._named()
+            TensorShard(f"parameters/{name}", *self._frozen_part(parameter), False)
+            for name, parameter in self._named()
             if name in self._frozen
         ]
+
+    def _frozen_part(self, parameter: Any) -> tuple[tuple[int, ...], int, Tensor]:
+        """Shape, first element and values of what this rank holds, in the compute type where DeepSpeed has it."""
+        if not hasattr(parameter, "ds_tensor"):
+            return tuple(parameter.shape), 0, parameter.data.view(-1)
+        part = parameter.ds_tensor
+        start = min(self.topology.rank * part.ds_numel, parameter.ds_numel)
+        count = min(part.ds_numel, parameter.ds_numel - start)
+        return tuple(parameter.ds_shape), start, part.data.view(-1).narrow(0, 0, count)
 
     @torch.no_grad()
     def after_load(self) -> None:
