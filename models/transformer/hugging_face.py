@@ -1,4 +1,5 @@
-"""Names, shapes and settings of Hugging Face's Olmo2 and Llama checkpoints, both ways; OLMo-core names on import.
+"""Names, shapes and settings of Hugging Face's Olmo2 and Llama checkpoints, both ways; on import also OLMo-core names, and
+the Llama inside a LLaVA.
 
 Imports no torch and no transformers: a checkpoint is safetensors files and a config.json. No weight is
 permuted, since both sides use the half-split rotation. The reading and writing is in `trainer/convert.py`.
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from ..errors import ConfigError
+from . import vision_language
 from .config import Config, RopeScalingConfig
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ __all__ = [
     "with_companions",
 ]
 
-MODEL_TYPES = ("olmo2", "llama")
+MODEL_TYPES = ("olmo2", "llama", *vision_language.MODEL_TYPES)
 READS_BYTES = False
 
 # Ours -> theirs. The two norms of a block are placed, and so called, differently in the two families.
@@ -135,7 +137,7 @@ def arrange(name: str, tensor: Tensor, config: Config, *, to_theirs: bool) -> Te
 
 def longest_positions(theirs: Mapping[str, Any]) -> int | None:
     """Tokens their model is said to take."""
-    return theirs.get("max_position_embeddings")
+    return vision_language.language_settings(theirs).get("max_position_embeddings")
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -187,6 +189,10 @@ def from_hugging_face_name(name: str, config: Config) -> str | None:
     Raises:
         ConfigError: an unknown name.
     """
+    found_name = vision_language.language_name(name)
+    if found_name is None:
+        return None
+    name = found_name
     is_head = name in ("lm_head.weight", "lm_head.w_out.weight")
     if name.endswith("rotary_emb.inv_freq") or (is_head and config.tie_embeddings):
         return None
@@ -299,6 +305,7 @@ def from_hugging_face_config(theirs: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: another architecture, a setting ours does not have, or one that is missing.
     """
+    theirs = vision_language.language_settings(theirs)
     kind = theirs.get("model_type")
     if kind is None and isinstance(theirs.get("model"), dict):
         raise ConfigError(

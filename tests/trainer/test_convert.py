@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from weft.models import build_model
 from weft.models.errors import CheckpointError, ConfigError
 from weft.models.transformer.config import Config, NgramConfig
-from weft.models.transformer.hugging_face import parameter_shapes, to_hugging_face_name
+from weft.models.transformer.hugging_face import (
+    from_hugging_face_config,
+    parameter_shapes,
+    to_hugging_face_name,
+)
 from weft.trainer.checkpoint.reading import read_tensor
 from weft.trainer.checkpoint.writing import write_checkpoint
 from weft.trainer.configuration.load import load_run_config
@@ -62,6 +66,58 @@ def their_model(name: str) -> nn.Module:
             else:
                 parameter.normal_(std=0.2)
     return model
+
+
+def their_vision_language_model() -> nn.Module:
+    import transformers
+
+    text = transformers.LlamaConfig(**COMMON, rope_parameters=PLAIN, rms_norm_eps=1e-5)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+    )
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=7)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_the_language_model_of_a_llava_is_imported(tmp_path: Path, is_new: bool) -> None:
+    theirs = their_vision_language_model()
+    theirs.save_pretrained(tmp_path / "llava")
+    path = tmp_path / "llava" / "model.safetensors"
+    saved = load_file(path)
+    assert "language_model.model.embed_tokens.weight" in saved
+    if is_new:
+        # As the classes of transformers 5 call them, which it turns back when it saves.
+        renamed = {
+            ("" if n.startswith("language_model.lm_head") else "model.")
+            + n.replace("language_model.model.", "language_model.").replace(
+                "language_model.lm_head", "lm_head"
+            ): t
+            for n, t in saved.items()
+        }
+        save_file({**renamed, "model.image_newline": torch.zeros(32)}, path)
+    import_folder(tmp_path / "llava", tmp_path / "run", [])
+    config, model = our_model(tmp_path / "run")
+    assert (config.norm, config.n_kv_heads) == ("pre", 2)
+    tokens = torch.arange(20) + 30
+    torch.testing.assert_close(logits(model, tokens), logits(theirs, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_text_config_leaves_out_is_llama_7b() -> None:
+    theirs = {"model_type": "llava", "text_config": {"vocab_size": 32064, "rms_norm_eps": 1e-5}}
+    config = from_hugging_face_config(theirs)
+    assert (config.d_model, config.n_layers, config.d_ff) == (4096, 32, 11008)
+    assert (config.vocab_size, config.norm_eps) == (32064, 1e-5)
+    with pytest.raises(ConfigError, match="model_type 'qwen2'"):
+        from_hugging_face_config({**theirs, "text_config": {"model_type": "qwen2"}})
 
 
 def our_model(run: Path) -> tuple[Config, nn.Module]:
