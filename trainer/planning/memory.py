@@ -165,7 +165,7 @@ def count_memory(config: TrainingConfig, layout: Layout, fixed_bytes: int) -> Me
     make = _zero_state if layout.strategy.startswith("zero") else _torch_state
     state = make(sizes, layout, size, fixed_bytes)
     if config.optimizer.ema_decay is not None:
-        averages = -(-sizes.dense // layout.shard_ranks) * MASTER_BYTES
+        averages = -(-sizes.trained // layout.shard_ranks) * MASTER_BYTES
         state = replace(state, optimizer=state.optimizer + averages)
     blocks = round(sizes.blocks / sizes.block)
     moments = [
