@@ -26,7 +26,6 @@ __all__ = [
     "IMAGE_KEYS",
     "IMAGE_SPANS",
     "LATENTS",
-    "MODALITIES",
     "NEXT_STARTS_PATCH",
     "NOISE",
     "TARGET_MODALITY",
@@ -42,8 +41,6 @@ NEXT_STARTS_PATCH = "next_starts_patch"
 """Side tensor of stored patches: (T,) bool, whether the byte after each position starts a patch. The first position of
 a document always starts one; asked about the byte *after*, the last position of a row has an answer too."""
 
-MODALITIES = ("text", "image", "speech")
-"""All there are. A run has some of them, text first; a position's modality is an index into the run's own."""
 TARGET_MODALITY = "target_modality"
 """Side tensor of interleaved data: (T,) uint8, modality of the id each position predicts; 0 where it predicts none."""
 AFTER_IMAGE = "after_image"

@@ -26,6 +26,8 @@ from .evaluation_config import EvalConfig
 __all__ = ["Evaluation", "Scores", "evaluate"]
 
 DEFAULT_BATCH_TOKENS = 16_384
+DRAW_SEED = 0
+"""Of what is random in held-out batches: the same noise at every evaluation of every run."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,8 @@ def _evaluate_batches(
         if _is_stop_agreed(engine, should_stop):
             return None
         # Ranks that ran out of documents are here too, with nothing to count: sharded weights are gathered by all.
-        output = engine.evaluate(batch.to(engine.topology.device))
+        drawn = task.draw(batch, DRAW_SEED)
+        output = engine.evaluate(drawn.to(engine.topology.device))
         losses = {**output.terms, **output.metrics}
         totals.append(torch.stack([loss.total.detach().reshape(()) for loss in losses.values()]))
         counts = task.counts(batch)

@@ -81,7 +81,7 @@ def open_run(
         topology=topology,
         task=task,
         engine=engine,
-        loader=open_loader(data, engine, config, state, topology),
+        loader=open_loader(data, task, engine, config, state, topology),
         checkpoints=checkpoints,
         recorder=MetricsRecorder(
             config.run_dir,
@@ -120,7 +120,12 @@ def samples_left_out(config: TrainingConfig, state: TrainState) -> list[tuple[in
 
 
 def open_loader(
-    data: Dataset, engine: Engine, config: TrainingConfig, state: TrainState, topology: Topology
+    data: Dataset,
+    task: Task,
+    engine: Engine,
+    config: TrainingConfig,
+    state: TrainState,
+    topology: Topology,
 ) -> PackedLoader:
     """This rank's batches from where the run stands to its end."""
     length, rows = config.data.sequence_length, config.batch_rows
@@ -139,6 +144,7 @@ def open_loader(
         end_sample=state.samples + (config.train.steps - state.step) * rows + extra,
         leave_out=left_out,
         pin_memory=topology.device.type == "cuda",
+        task=task,
     )
 
 
@@ -155,7 +161,9 @@ def rewind(run: Run, data: Dataset, path: Path) -> None:
     )
     run.checkpoints.discard_after(path)
     run.recorder.rewind(run.state.step)
-    run.loader = open_loader(data, run.engine, run.config, run.state, run.topology)
+    run.loader = open_loader(
+        data, run.task, run.engine, run.config, run.state, run.topology
+    )
 
 
 def evaluation_values(

@@ -328,7 +328,7 @@ def test_a_full_disk_is_seen_before_and_while_writing(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("weft.trainer.data.shard_writer.os.fsync", full)
+    monkeypatch.setattr("weft.trainer.data.hashed_file.os.fsync", full)
     assert_refused(tmp_path, r"no space left in .*; free some and run the same command again", root)
 
 

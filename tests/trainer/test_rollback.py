@@ -69,7 +69,12 @@ def test_the_run_is_that_of_an_order_without_the_samples(
         from weft.trainer.opening import open_loader
 
         opened.loader = open_loader(
-            opened.loader.data, opened.engine, opened.config, opened.state, opened.topology
+            opened.loader.data,
+            opened.task,
+            opened.engine,
+            opened.config,
+            opened.state,
+            opened.topology,
         )
         return opened
 

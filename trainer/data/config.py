@@ -7,10 +7,13 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from ...models.section import Section
+from .interleaved.config import InterleavedConfig
 
 __all__ = ["DataConfig", "HeldOutConfig", "RepeatFilterConfig", "SourceConfig"]
 
-SourceFormat = Literal["auto", "text", "jsonl", "parquet", "tokens", "prepared"]
+SourceFormat = Literal[
+    "auto", "text", "jsonl", "parquet", "tokens", "interleaved", "webdataset", "prepared"
+]
 
 
 class SourceConfig(Section):
@@ -22,7 +25,7 @@ class SourceConfig(Section):
     path: str = Field(
         ...,
         min_length=1,
-        description="file, folder, glob, prepared dataset, or builtin:NAME (builtin:python-stdlib)",
+        description="file, folder, glob, prepared dataset, or builtin:NAME (python-stdlib, digits-captions, shapes, spoken-digits)",
     )
     format: SourceFormat = Field("auto", description="how to read it; auto goes by the file names")
     text_key: str = Field(
@@ -86,6 +89,14 @@ class DataConfig(Section):
         "bytes", description="bytes, or hf:PATH of a folder with tokenizer.json"
     )
     sequence_length: int = Field(4096, ge=2, description="positions of one sample, in tokens")
+    interleaved: InterleavedConfig | None = Field(
+        None, description="documents of text, images and speech; null is text alone"
+    )
+    packing: Literal["auto", "stream", "documents"] = Field(
+        "auto",
+        description="stream: samples are cut from all ids laid end to end; documents: a sample holds whole documents and "
+        "ends in padding; auto is documents for interleaved data, else stream",
+    )
     held_out: HeldOutConfig = Field(HeldOutConfig(), description="documents kept for evaluation")
     repeat_filter: RepeatFilterConfig = Field(
         RepeatFilterConfig(), description="instance filter in the loader"
@@ -104,6 +115,21 @@ class DataConfig(Section):
     allow_changed: bool = Field(
         False, description="resume although a dataset's fingerprint changed"
     )
+
+    @property
+    def packs_documents(self) -> bool:
+        """Whether samples hold whole documents."""
+        return self.packing == "documents" or (
+            self.packing == "auto" and self.interleaved is not None
+        )
+
+    @model_validator(mode="after")
+    def _images_in_documents(self) -> DataConfig:
+        if self.interleaved is not None and self.packing == "stream":
+            raise ValueError(
+                "packing stream would cut images; leave data.packing at auto with data.interleaved"
+            )
+        return self
 
     @field_validator("sources")
     @classmethod

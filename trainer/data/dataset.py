@@ -19,13 +19,18 @@ from numpy.typing import NDArray
 
 from ...models.errors import DataError, WeftError
 from .config import DataConfig, SourceConfig
+from .document_rows import DocumentRows, ShardArrays
+from .interleaved.config import MODALITIES
+from .interleaved.layout import ImageLayout, join_layouts
+from .interleaved.manifest import check_interleaved
+from .interleaved.vocabulary import InterleavedVocabulary, open_interleaved
 from .order import SampleOrder, SourceShare
 from .patches import BitStream, check_same_patcher, open_bits
 from .prepare import plan_preparation, prepare_source
 from .shards import Manifest, read_manifest
 from .spans import document_span, open_spans, split_spans
 from .stream import TokenStream
-from .vocabulary import Vocabulary, open_vocabulary
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from ..distributed import Topology
@@ -41,8 +46,8 @@ class Source:
     """One prepared source.
 
     Args:
-        train: ids that are trained on.
-        held_out: ids of the documents kept for evaluation.
+        train: ids that are trained on: a stream that rows are cut from, or rows of whole documents.
+        held_out: ids of the documents kept for evaluation, alike.
         sequences: samples of one pass.
         train_patches, held_out_patches: stored patch starts of the same positions; None where there are none.
     """
@@ -52,8 +57,8 @@ class Source:
     config: SourceConfig
     folder: Path
     manifest: Manifest
-    train: TokenStream
-    held_out: TokenStream
+    train: TokenStream | DocumentRows
+    held_out: TokenStream | DocumentRows
     sequences: int
     train_patches: BitStream | None = None
     held_out_patches: BitStream | None = None
@@ -83,6 +88,21 @@ class Dataset:
         self.vocabulary = vocabulary
         self.sources = sources
         self.sequence_length = config.sequence_length
+        settings = config.interleaved
+        images = {
+            source.name: source.manifest.interleaved["image"]
+            for source in sources
+            if source.manifest.interleaved and "image" in source.manifest.interleaved
+        }
+        self.images: ImageLayout | None = None
+        """Shape, scale and codec of the images of all sources; None where there are none."""
+        if settings is not None:
+            self.images = join_layouts(images, settings.image.scale, settings.image.shift)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What a batch's `modality` counts by."""
+        return self.config.interleaved.modalities if self.config.interleaved else MODALITIES[:1]
 
     @property
     def patches(self) -> Mapping[str, Any] | None:
@@ -115,13 +135,28 @@ class Dataset:
 
         Args:
             documents: raw text by source; sources that are not named hold nothing out.
+
+        Raises:
+            DataError: documents of several modalities, which raw text does not stand for.
         """
+        if self.config.interleaved is not None:
+            raise DataError(
+                "held-out text can only be exchanged where all is text, and data.interleaved is set"
+            )
         sources = []
         for source in self.sources:
             ids = self.vocabulary.encode_documents(documents.get(source.name, ()))
-            held_out = TokenStream(ids, self.vocabulary.dtype)
+            held_out = self._rows_of(source.name, ids)
             sources.append(replace(source, held_out=held_out, held_out_patches=None))
         return Dataset(self.config, self.vocabulary, sources)
+
+    def _rows_of(self, name: str, documents: Sequence[NDArray[Any]]) -> TokenStream | DocumentRows:
+        if not self.config.packs_documents:
+            return TokenStream(documents, self.vocabulary.dtype)
+        ids = np.concatenate([np.empty(0, self.vocabulary.dtype), *documents])
+        ends = np.cumsum([len(part) for part in documents], dtype=np.int64)
+        wanted = np.arange(len(documents))
+        return DocumentRows([ShardArrays(ids, ends)], [wanted], self.sequence_length, name)
 
     def order(self, seed: int) -> SampleOrder:
         """Which sample comes when."""
@@ -144,7 +179,10 @@ class Dataset:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """JSON-able; two datasets with equal ones give the same samples for the same seed."""
-        return {
+        more: dict[str, Any] = {"packing": "documents"} if self.config.packs_documents else {}
+        if self.config.interleaved is not None:
+            more["interleaved"] = self.config.interleaved.order_settings()
+        return more | {
             "vocabulary": self.vocabulary.identity(),
             "sequence_length": self.sequence_length,
             "repeat_filter": self.config.repeat_filter.model_dump(),
@@ -175,10 +213,10 @@ class Dataset:
 
 
 def _changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("vocabulary", "sequence_length", "repeat_filter"):
-        if saved.get(key) != found[key]:
+    for key in ("vocabulary", "sequence_length", "repeat_filter", "packing", "interleaved"):
+        if saved.get(key) != found.get(key):
             label = key.replace("_", " ")
-            yield f"{label} was {_short(saved.get(key))} and is {_short(found[key])}"
+            yield f"{label} was {_short(saved.get(key))} and is {_short(found.get(key))}"
     before = {item["name"]: item for item in saved.get("sources", ())}
     now = {item["name"]: item for item in found["sources"]}
     yield from (f"source {name!r} is gone" for name in before if name not in now)
@@ -220,7 +258,7 @@ def open_data(config: DataConfig, topology: Topology | None = None) -> Dataset:
             "data.sources is empty; name at least one, such as {name: code, path: "
             "builtin:python-stdlib}"
         )
-    vocabulary = open_vocabulary(config.vocabulary)
+    vocabulary = open_interleaved(config.vocabulary, config.interleaved)
     prepare = partial(_prepare_all, config)
     found = (
         prepare()
@@ -249,6 +287,7 @@ def _prepare_all(config: DataConfig) -> list[tuple[str, str]]:
             held_out=config.held_out,
             repeats=config.repeat_filter,
             drop_repetitive=config.drop_repetitive_documents,
+            interleaved=config.interleaved,
         )
         if preparation.listing.kind == "prepared":
             folder = Path(source.path).expanduser().absolute()
@@ -295,13 +334,18 @@ def _open_source(
     config: DataConfig, vocabulary: Vocabulary, index: int, item: SourceConfig, folder: Path
 ) -> Source:
     manifest = read_manifest(folder)
-    if manifest.vocabulary != vocabulary.identity():
+    text = vocabulary.base if isinstance(vocabulary, InterleavedVocabulary) else vocabulary
+    if manifest.vocabulary != text.identity():
         raise DataError(
             f"source {item.name!r}: {folder} was prepared with vocabulary "
             f"{_short(manifest.vocabulary)} and the "
-            f"recipe's is {_short(vocabulary.identity())}; set data.vocabulary to match, or "
+            f"recipe's is {_short(text.identity())}; set data.vocabulary to match, or "
             "prepare it again"
         )
+    _check_modalities(config, vocabulary, item, manifest)
+    _check_row_length(item.name, manifest, config)
+    if config.packs_documents:
+        return _open_documents(config, index, item, folder, manifest)
     spans, held_out_spans = split_spans(folder, manifest)
     train = open_spans(folder, manifest, spans, vocabulary.dtype)
     sequences = train.sequences(config.sequence_length)
@@ -311,7 +355,6 @@ def _open_source(
             "sample takes "
             f"{config.sequence_length} and the id after; lower data.sequence_length or add data"
         )
-    _check_row_length(item.name, manifest, config.sequence_length)
     return Source(
         item.name,
         index,
@@ -326,10 +369,60 @@ def _open_source(
     )
 
 
-def _check_row_length(name: str, manifest: Manifest, length: int) -> None:
-    """Patches are those of rows, and rows of another length are other rows."""
-    if manifest.patches is not None and manifest.patches["sequence_length"] != length:
-        stored = manifest.patches["sequence_length"]
+def _open_documents(
+    config: DataConfig, index: int, item: SourceConfig, folder: Path, manifest: Manifest
+) -> Source:
+    """A source whose rows hold whole documents."""
+    image = (manifest.interleaved or {}).get("image")
+    shards = []
+    for shard in manifest.shards:
+        latents = None
+        if image is not None and image["kind"] == "latents":
+            latents = shard.open_latents(folder, image["dtype"], image["shape"])
+        arrays = shard.open_ids(folder), shard.open_ends(folder), shard.open_spans(folder)
+        shards.append(ShardArrays(*arrays, latents))
+    chosen: list[list[int]] = [[] for _ in shards]
+    for number, document, _ in manifest.held_out:
+        chosen[number].append(document)
+    held_out = [np.array(sorted(documents), np.int64) for documents in chosen]
+    train = [
+        np.setdiff1d(np.arange(shard.documents), documents, assume_unique=True)
+        for shard, documents in zip(manifest.shards, held_out, strict=True)
+    ]
+    rows = DocumentRows(shards, train, config.sequence_length, item.name)
+    if not rows.sequences:
+        raise DataError(
+            f"too few samples: source {item.name!r} has no document of two ids or more to train on; add data"
+        )
+    held = DocumentRows(shards, held_out, config.sequence_length, item.name)
+    return Source(item.name, index, item, folder, manifest, rows, held, rows.sequences)
+
+
+def _check_modalities(
+    config: DataConfig, vocabulary: Vocabulary, item: SourceConfig, manifest: Manifest
+) -> None:
+    if manifest.interleaved is None:
+        return
+    if config.interleaved is None or not isinstance(vocabulary, InterleavedVocabulary):
+        held = ", ".join(manifest.interleaved["modalities"])
+        raise DataError(
+            f"source {item.name!r} holds {held}, and data.interleaved is null; set data.interleaved.modalities=[{held}]"
+        )
+    check_interleaved(item.name, manifest.interleaved, vocabulary, config.interleaved)
+
+
+def _check_row_length(name: str, manifest: Manifest, config: DataConfig) -> None:
+    """Patches are those of rows, and rows of another length, or of whole documents, are other rows."""
+    length = config.sequence_length
+    if manifest.patches is None:
+        return
+    stored = manifest.patches["sequence_length"]
+    if config.packs_documents:
+        raise DataError(
+            f"source {name!r} has stored patches, which are those of a stream's rows; set data.packing=stream, or prepare it "
+            "without patches"
+        )
+    if stored != length:
         raise DataError(
             f"source {name!r} was patched for data.sequence_length={stored} and the run's is {length}; set it to "
             f"{stored}, or prepare the source again with --sequence-length {length}"

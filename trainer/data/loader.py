@@ -21,8 +21,11 @@ from numpy.typing import NDArray
 
 from ...models.batch import PackedBatch
 from ...models.errors import ConfigError
+from ...models.task import Task
 from .balance import deal_rows, rank_balance
 from .dataset import Dataset, Source
+from .document_packing import DocumentAssembler, RowOf
+from .document_rows import DocumentRows
 from .order import Located
 from .packing import RowAssembler, Rows
 from .patches import BitStream
@@ -72,6 +75,7 @@ class PackedLoader:
         leave_out: ranges `[first, stop)` of samples; a step that would touch one begins after it.
         prefetch: steps assembled ahead.
         pin_memory: page-lock the batches, for asynchronous copies to a GPU.
+        task: draws what is random in a micro-batch; None leaves it out.
         threads: workers; steps come out in order with any number.
     """
 
@@ -89,6 +93,7 @@ class PackedLoader:
         leave_out: Sequence[tuple[int, int]] = (),
         prefetch: int | None = None,
         pin_memory: bool = False,
+        task: Task | None = None,
         threads: int = 1,
     ) -> None:
         if batch_rows % data_ranks:
@@ -102,9 +107,9 @@ class PackedLoader:
             )
         self.data = data
         self.order = data.order(seed)
-        self._streams = [source.train for source in data.sources]
+        self._task = task
         self._patches = [source.train_patches for source in data.sources]
-        self._assembler = _assembler(data, is_training=True)
+        self._packer = _packer(data, seed)
         self._batch_rows = batch_rows
         self._data_rank, self._data_ranks = data_rank, data_ranks
         self._pin_memory = pin_memory
@@ -257,16 +262,10 @@ class PackedLoader:
     def _micro_batch(
         self, first_sample: int, located: Located, part: NDArray[np.int64]
     ) -> PackedBatch:
-        sources = located.sources[part]
-        ids, borders = _gather(
-            self._streams, sources, located.sequences[part], self.data.sequence_length
-        )
-        sample_ids = (first_sample + part).tolist()
-        bits = _gather_patches(
-            self._patches, sources, located.sequences[part], self.data.sequence_length
-        )
-        rows = Rows(ids, borders, tuple(sample_ids), tuple(sources.tolist()), bits)
-        batch = self._assembler.pack(rows)
+        samples = (first_sample + part).tolist()
+        batch = self._packer.pack(samples, located.sources[part], located.sequences[part])
+        if self._task is not None:
+            batch = self._task.draw(batch, self.order.seed)
         return batch.pin_memory() if self._pin_memory else batch
 
 
@@ -278,12 +277,75 @@ def next_start(sample: int, rows: int, leave_out: Sequence[tuple[int, int]]) -> 
     return sample
 
 
+class _StreamPacker:
+    """Packs rows that are cut from streams."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._streams = [_stream(source.train) for source in dataset.sources]
+        self._patches = [source.train_patches for source in dataset.sources]
+        self._length = dataset.sequence_length
+        self._assembler = _assembler(dataset, is_training=True)
+
+    def pack(
+        self, samples: list[int], sources: NDArray[np.int64], sequences: NDArray[np.int64]
+    ) -> PackedBatch:
+        ids, borders = _gather(self._streams, sources, sequences, self._length)
+        bits = _gather_patches(self._patches, sources, sequences, self._length)
+        rows = Rows(ids, borders, tuple(samples), tuple(sources.tolist()), bits)
+        return self._assembler.pack(rows)
+
+
+class _DocumentPacker:
+    """Packs rows of whole documents."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self._rows = [_document_rows(source.train) for source in dataset.sources]
+        self._assembler = _document_assembler(dataset, seed)
+
+    def pack(
+        self, samples: list[int], sources: NDArray[np.int64], sequences: NDArray[np.int64]
+    ) -> PackedBatch:
+        wanted = zip(samples, sources.tolist(), sequences.tolist(), strict=True)
+        return self._assembler.pack(
+            [RowOf(sample, j, self._rows[j], sequence) for sample, j, sequence in wanted]
+        )
+
+
+def _packer(dataset: Dataset, seed: int) -> _StreamPacker | _DocumentPacker:
+    if dataset.config.packs_documents:
+        return _DocumentPacker(dataset, seed)
+    return _StreamPacker(dataset)
+
+
+def _stream(rows: TokenStream | DocumentRows) -> TokenStream:
+    assert isinstance(rows, TokenStream)
+    return rows
+
+
+def _document_rows(rows: TokenStream | DocumentRows) -> DocumentRows:
+    assert isinstance(rows, DocumentRows)
+    return rows
+
+
 def _assembler(dataset: Dataset, *, is_training: bool) -> RowAssembler:
     settings = dataset.config.repeat_filter
     return RowAssembler(
         dataset.vocabulary.eos_id,
         dataset.vocabulary.token_byte_lengths(),
         settings if is_training and settings.enabled else None,
+    )
+
+
+def _document_assembler(dataset: Dataset, seed: int | None) -> DocumentAssembler:
+    """With a seed for training, without one for evaluation."""
+    settings = dataset.config.repeat_filter
+    return DocumentAssembler(
+        dataset.vocabulary,
+        dataset.sequence_length,
+        dataset.config.interleaved,
+        dataset.images,
+        settings if seed is not None and settings.enabled else None,
+        seed,
     )
 
 
@@ -326,7 +388,7 @@ def _gather_patches(
 class HeldOutBatches:
     """The held-out documents of one source as batches; every rank gives the same number of them.
 
-    Full rows come first, `micro_batch_rows` at a time; what is left over is one shorter row in a
+    Full rows come first, `micro_batch_rows` at a time; what is left over of a stream is one shorter row in a
     batch of its own. A rank that has nothing at its turn gives a batch whose targets are all
     ignored, because a sharded model's forward needs every rank.
 
@@ -344,15 +406,22 @@ class HeldOutBatches:
         data_ranks: int = 1,
         max_tokens: int | None = None,
     ) -> None:
-        self._source = source
-        self._stream = source.held_out
-        self._patches = source.held_out_patches
+        self._source, self._held_out = source, source.held_out
         self._length = dataset.sequence_length
-        self._assembler = _assembler(dataset, is_training=False)
         self._micro_rows, self._rank, self._ranks = micro_batch_rows, data_rank, data_ranks
-        self._rows = self._stream.sequences(self._length)
-        self._tail = max(0, self._stream.tokens - 1 - self._rows * self._length)
-        if max_tokens is not None and max_tokens < self._stream.tokens - 1:
+        self._tail = 0
+        if isinstance(self._held_out, DocumentRows):
+            self._documents = _document_assembler(dataset, None)
+            self._rows = self._held_out.sequences
+            if max_tokens is not None:
+                self._rows = min(self._rows, max(1, max_tokens // self._length))
+            return
+        self._patches = source.held_out_patches
+        self._assembler = _assembler(dataset, is_training=False)
+        tokens = self._held_out.tokens
+        self._rows = self._held_out.sequences(self._length)
+        self._tail = max(0, tokens - 1 - self._rows * self._length)
+        if max_tokens is not None and max_tokens < tokens - 1:
             self._rows, self._tail = min(self._rows, max(1, max_tokens // self._length)), 0
 
     @property
@@ -366,14 +435,25 @@ class HeldOutBatches:
         for turn in range(self._rounds):
             first = (turn * self._ranks + self._rank) * self._micro_rows
             rows = list(range(first, min(first + self._micro_rows, self._rows)))
-            yield self._batch(rows or [0], self._length, ignore_all=not rows)
+            if isinstance(self._held_out, DocumentRows):
+                yield self._document_batch(self._held_out, rows)
+            else:
+                yield self._batch(rows or [0], self._length, ignore_all=not rows)
         if self._tail:
             yield self._batch([self._rows], self._tail, ignore_all=self._rank != 0)
 
+    def _document_batch(self, held_out: DocumentRows, rows: list[int]) -> PackedBatch:
+        """Some rows; padding alone where there are none left."""
+        index = self._source.index
+        return self._documents.pack(
+            [RowOf(row, index, held_out, row) for row in rows] or [RowOf(0, index, held_out, None)]
+        )
+
     def _batch(self, rows: list[int], length: int, *, ignore_all: bool) -> PackedBatch:
-        ids = np.empty((len(rows), length + 1), self._stream.dtype)
+        stream = _stream(self._held_out)
+        ids = np.empty((len(rows), length + 1), stream.dtype)
         starts = [row * self._length for row in rows]
-        borders = self._stream.read_rows(ids, range(len(rows)), starts)
+        borders = stream.read_rows(ids, range(len(rows)), starts)
         bits = None
         if self._patches is not None:
             bits = np.stack([self._patches.read(start, length) for start in starts])

@@ -20,7 +20,7 @@ from ...models.batch import IGNORED, NEXT_STARTS_PATCH, PackedBatch
 from .config import RepeatFilterConfig
 from .repeats import find_repetitive_rows
 
-__all__ = ["RowAssembler", "Rows"]
+__all__ = ["RowAssembler", "Rows", "position_ids"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class RowAssembler:
         return PackedBatch(
             tokens=torch.from_numpy(tokens.reshape(-1)),
             targets=torch.from_numpy(targets.reshape(-1)),
-            position_ids=torch.from_numpy(_positions(starts, lengths)),
+            position_ids=torch.from_numpy(position_ids(starts, lengths)),
             cu_seqlens=torch.from_numpy(np.append(starts, count * length).astype(np.int32)),
             max_seqlen=int(lengths.max()),
             row_length=length,
@@ -134,7 +134,7 @@ def _document_starts(ends: NDArray[np.int64], count: int, length: int) -> NDArra
     return np.sort(np.concatenate((row_starts, after[after % length != 0])))
 
 
-def _positions(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+def position_ids(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """(T,) position inside the document: steps of one that jump back at every start."""
     steps = np.ones(int(lengths.sum()), np.int64)
     steps[starts[1:]] -= lengths[:-1]

@@ -30,10 +30,11 @@ from numpy.typing import NDArray
 from ...models.errors import DataError
 from ..files import free_bytes, sync_directory
 from .config import HeldOutConfig, RepeatFilterConfig, SourceConfig
+from .interleaved.config import InterleavedConfig
 from .patches import PatchJob, write_patches
 from .shard_writer import UnitJob, unit_identity, write_unit
 from .shards import FORMAT_VERSION, MANIFEST, Manifest, Shard, content_fingerprint, read_manifest
-from .sources import Listing, Unit, list_inputs, plan_units
+from .sources import INTERLEAVED_KINDS, Listing, Unit, list_inputs, plan_units
 from .vocabulary import open_vocabulary
 
 if TYPE_CHECKING:
@@ -72,13 +73,22 @@ def plan_preparation(
     repeats: RepeatFilterConfig,
     drop_repetitive: bool = False,
     patches: PatchJob | None = None,
+    interleaved: InterleavedConfig | None = None,
 ) -> Preparation:
     """List the inputs and cut them into units.
+
+    Args:
+        interleaved: how documents of several modalities are encoded; sources of text alone take no notice.
 
     Raises:
         DataError: nothing to read, or it cannot be read.
     """
     listing = list_inputs(source)
+    settings = _interleaved_of(source, listing, interleaved)
+    if settings is not None and patches is not None:
+        raise DataError(
+            f"{source.path} holds images or speech, and patches are of bytes of text; leave --patches-from out"
+        )
     job = UnitJob(
         kind=listing.kind,
         text_key=source.text_key,
@@ -87,6 +97,8 @@ def plan_preparation(
         vocabulary_identity=open_vocabulary(vocabulary).identity(),
         repeats=repeats if drop_repetitive else None,
         held_out=held_out,
+        interleaved=settings,
+        codec=_codec_identity(settings),
     )
     units = tuple(plan_units(listing, source.token_dtype))
     inputs = [[file.name, file.size, file.mtime_ns] for file in listing.files]
@@ -95,6 +107,28 @@ def plan_preparation(
         parts.append(patches.identity())
     payload = json.dumps(parts, sort_keys=True)
     return Preparation(listing, units, job, hashlib.sha256(payload.encode()).hexdigest(), patches)
+
+
+def _interleaved_of(
+    source: SourceConfig, listing: Listing, given: InterleavedConfig | None
+) -> InterleavedConfig | None:
+    if listing.kind not in INTERLEAVED_KINDS:
+        return None
+    if given is None:
+        raise DataError(
+            f"source {source.name!r}: {source.path} holds documents of several modalities; say which, and what images become, "
+            "with data.interleaved"
+        )
+    return given
+
+
+def _codec_identity(settings: InterleavedConfig | None) -> dict[str, Any] | None:
+    if settings is None or "image" not in settings.modalities:
+        return None
+    from .interleaved.codecs import open_codec
+
+    codec = open_codec(settings.image)
+    return codec.identity if codec else None
 
 
 def prepare_source(
@@ -161,9 +195,9 @@ def _leave_only(folder: Path, manifest: Manifest) -> None:
     """Remove records and what other attempts left."""
     wanted = {
         MANIFEST,
-        *(shard.ends for shard in manifest.shards),
         *(shard.ids for shard in manifest.shards),
-        *(shard.patches for shard in manifest.shards),
+        *(name for shard in manifest.shards for name, _, _ in shard.files()),
+        *((manifest.interleaved or {}).get("files") or {}),
     }
     for path in folder.iterdir():
         if path.name not in wanted:
@@ -349,7 +383,17 @@ def _finish(preparation: Preparation, partial: Path) -> Manifest:
         )
     shards = tuple(Shard(**record["shard"]) for record in kept)
     held_out = _choose_held_out(kept, preparation.job.held_out.documents)
-    identity = preparation.job.vocabulary_identity
+    job = preparation.job
+    identity, interleaved = job.vocabulary_identity, None
+    if job.interleaved is not None:
+        from .interleaved.manifest import content_of, join_records
+
+        interleaved = join_records(kept, job.vocabulary, job.interleaved)
+        fingerprint = content_fingerprint(
+            identity, shards, held_out, interleaved=content_of(interleaved)
+        )
+    else:
+        fingerprint = content_fingerprint(identity, shards, held_out)
     return Manifest(
         plan=preparation.key,
         source=preparation.listing.title,
@@ -358,7 +402,8 @@ def _finish(preparation: Preparation, partial: Path) -> Manifest:
         shards=shards,
         held_out=held_out,
         dropped=dropped,
-        fingerprint=content_fingerprint(identity, shards, held_out),
+        fingerprint=fingerprint,
+        interleaved=interleaved,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ...models.errors import DataError, LaunchError
 from .sources import InputFile, Unit
 
-__all__ = ["Document", "count_row_groups", "read_documents"]
+__all__ = ["Document", "count_row_groups", "line_number", "read_documents", "read_lines"]
 
 LOOK_FOR_NUL_BYTES = 8192
 COMPRESSED_BLOCK_BYTES = 1 << 17
@@ -55,16 +55,21 @@ def _read_text(unit: Unit, text_key: str) -> Iterator[Document]:
 
 
 def _read_jsonl(unit: Unit, text_key: str) -> Iterator[Document]:
+    for position, line in read_lines(unit):
+        text = _text_of_line(unit.files[0], position, line, text_key)
+        yield Document(text, text)
+
+
+def read_lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
+    """Lines of a unit of JSONL that are not blank, with positions of which `line_number` makes line numbers."""
     file = unit.files[0]
     if file.path.endswith((".gz", ".zst")):
         lines: Iterator[tuple[int, bytes]] = enumerate(_compressed_lines(file), start=1)
     else:
         lines = _lines_of_range(file, unit.start, unit.stop)
     for position, line in lines:
-        if not line.strip():
-            continue
-        text = _text_of_line(file, position, line, text_key)
-        yield Document(text, text)
+        if line.strip():
+            yield position, line
 
 
 def _lines_of_range(file: InputFile, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
@@ -145,7 +150,7 @@ def _text_of_line(file: InputFile, position: int, line: bytes, text_key: str) ->
         record = json.loads(line)
     except ValueError as error:
         raise DataError(
-            f"{file.path} line {_line_number(file, position)} is not JSON: {error}; mend the line "
+            f"{file.path} line {line_number(file, position)} is not JSON: {error}; mend the line "
             "or the file"
         ) from error
     if not isinstance(record, dict) or text_key not in record:
@@ -153,21 +158,21 @@ def _text_of_line(file: InputFile, position: int, line: bytes, text_key: str) ->
             ", ".join(sorted(record)[:8]) if isinstance(record, dict) else type(record).__name__
         )
         raise DataError(
-            f"{file.path} line {_line_number(file, position)} has no field {text_key!r} (it has: "
+            f"{file.path} line {line_number(file, position)} has no field {text_key!r} (it has: "
             f"{fields}); "
             "set text_key to the field that holds the text"
         )
     text = record[text_key]
     if text is not None and not isinstance(text, str):
         raise DataError(
-            f"{file.path} line {_line_number(file, position)}: field {text_key!r} is "
+            f"{file.path} line {line_number(file, position)}: field {text_key!r} is "
             f"{type(text).__name__}, "
             "not text; set text_key to the field that holds the text"
         )
     return (text or "").encode("utf-8", "surrogatepass")
 
 
-def _line_number(file: InputFile, position: int) -> int:
+def line_number(file: InputFile, position: int) -> int:
     """Line of a position: itself where it counts lines, else the lines before a byte offset."""
     if position > 0:
         return position

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -22,6 +21,8 @@ from numpy.typing import NDArray
 
 from ...models.errors import DataError
 from .config import HeldOutConfig, RepeatFilterConfig
+from .hashed_file import HashedFile, write_hashed
+from .interleaved.config import InterleavedConfig
 from .readers import Document, read_documents
 from .repeats import find_repetitive_rows
 from .shards import Shard
@@ -29,7 +30,7 @@ from .sources import Unit
 from .token_files import index_range, read_layout
 from .vocabulary import Vocabulary, open_vocabulary
 
-__all__ = ["UnitJob", "unit_identity", "write_unit"]
+__all__ = ["Found", "UnitJob", "key_of", "unit_identity", "write_unit"]
 
 DOCUMENTS_AT_ONCE = 64
 BYTES_AT_ONCE = 4 << 20
@@ -41,7 +42,12 @@ checked.
 
 @dataclass(frozen=True)
 class UnitJob:
-    """What is the same for all units of a source."""
+    """What is the same for all units of a source.
+
+    Args:
+        interleaved: how documents of several modalities are encoded; None for text.
+        codec: identity of the image codec, where there is one.
+    """
 
     kind: str
     text_key: str
@@ -50,10 +56,12 @@ class UnitJob:
     vocabulary_identity: dict[str, Any]
     repeats: RepeatFilterConfig | None
     held_out: HeldOutConfig
+    interleaved: InterleavedConfig | None = None
+    codec: dict[str, Any] | None = None
 
     def identity(self) -> dict[str, Any]:
-        """JSON-able settings that change the result; not where the tokenizer lies."""
-        return {
+        """JSON-able settings that change the result; not where the tokenizer or the codec lies."""
+        identity = {
             "kind": self.kind,
             "text_key": self.text_key,
             "token_dtype": self.token_dtype,
@@ -61,6 +69,16 @@ class UnitJob:
             "repeats": self.repeats.model_dump() if self.repeats else None,
             "held_out": self.held_out.model_dump(),
         }
+        if self.interleaved is not None:
+            settings = self.interleaved
+            identity["interleaved"] = {
+                "modalities": list(settings.modalities),
+                "image": settings.image.model_dump(exclude={"codec", "scale", "shift"}),
+                "codec": self.codec,
+                "speech": settings.speech.model_dump(),
+                "special_ids": settings.special_ids(),
+            }
+        return identity
 
     def expansion(self) -> float:
         """Bytes written for a byte of input, about."""
@@ -90,18 +108,15 @@ def write_unit(job: UnitJob, unit: Unit, folder: Path) -> None:
         DataError: a bad input, or no space left.
     """
     try:
-        found = (
-            _index_tokens(job, unit, folder)
-            if job.kind == "tokens"
-            else _encode_text(job, unit, folder)
-        )
+        found = _encode(job, unit, folder)
         record = {
             "unit": unit_identity(job, unit),
             "shard": asdict(found.shard),
             "candidates": _smallest_keys(found.candidates, job.held_out),
             "dropped": found.dropped,
+            **found.more,
         }
-        _write_file(folder / f"shard_{unit.index:05d}.record", json.dumps(record).encode())
+        write_hashed(folder / f"shard_{unit.index:05d}.record", json.dumps(record).encode())
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(
@@ -111,15 +126,25 @@ def write_unit(job: UnitJob, unit: Unit, folder: Path) -> None:
         raise
 
 
+def _encode(job: UnitJob, unit: Unit, folder: Path) -> Found:
+    if job.interleaved is not None:
+        # Text alone needs no image library.
+        from .interleaved.writer import encode_interleaved
+
+        return encode_interleaved(job, unit, folder)
+    return (_index_tokens if job.kind == "tokens" else _encode_text)(job, unit, folder)
+
+
 @dataclass
-class _Found:
-    """A shard, its documents that may be held out (key, index, bytes), and what was left out by
-    reason.
+class Found:
+    """A shard, its documents that may be held out (key, index, bytes), what was left out by reason, and what
+    else its record has to say.
     """
 
     shard: Shard
     candidates: list[tuple[int, int, int]] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 def _smallest_keys(
@@ -136,14 +161,14 @@ def _smallest_keys(
     return sorted(c for c in fitting if c[0] in keys)
 
 
-def _encode_text(job: UnitJob, unit: Unit, folder: Path) -> _Found:
+def _encode_text(job: UnitJob, unit: Unit, folder: Path) -> Found:
     vocabulary = _vocabulary(job.vocabulary)
     name = f"shard_{unit.index:05d}"
     candidates: list[tuple[int, int, int]] = []
     dropped: dict[str, int] = {}
     lengths: list[int] = []
     text_bytes = 0
-    with _HashedFile(folder / f"{name}.ids") as out:
+    with HashedFile(folder / f"{name}.ids") as out:
         for batch in _batches(read_documents(job.kind, unit, job.text_key), dropped):
             encoded = vocabulary.encode_documents([document.text or b"" for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
@@ -151,7 +176,7 @@ def _encode_text(job: UnitJob, unit: Unit, folder: Path) -> _Found:
                     dropped["repetitive"] = dropped.get("repetitive", 0) + 1
                     continue
                 size = len(document.text or b"")
-                candidates.append((_key(document.key), len(lengths), size))
+                candidates.append((key_of(document.key), len(lengths), size))
                 lengths.append(len(ids))
                 text_bytes += size
                 out.write(ids)
@@ -166,9 +191,9 @@ def _encode_text(job: UnitJob, unit: Unit, folder: Path) -> _Found:
         bytes=text_bytes,
         file_bytes=out.size,
         ids_sha256=out.sha256,
-        ends_sha256=_write_file(folder / f"{name}.ends", ends.astype("<i8").tobytes()),
+        ends_sha256=write_hashed(folder / f"{name}.ends", ends.astype("<i8").tobytes()),
     )
-    return _Found(shard, candidates, dropped)
+    return Found(shard, candidates, dropped)
 
 
 def _batches(documents: Iterator[Document], dropped: dict[str, int]) -> Iterator[list[Document]]:
@@ -189,11 +214,12 @@ def _batches(documents: Iterator[Document], dropped: dict[str, int]) -> Iterator
         yield batch
 
 
-def _key(value: bytes) -> int:
+def key_of(value: bytes) -> int:
+    """What a document is chosen to be held out by."""
     return int.from_bytes(hashlib.blake2b(value, digest_size=8).digest(), "big")
 
 
-def _index_tokens(job: UnitJob, unit: Unit, folder: Path) -> _Found:
+def _index_tokens(job: UnitJob, unit: Unit, folder: Path) -> Found:
     file = unit.files[0]
     layout = read_layout(file, job.token_dtype)
     found = index_range(file, layout, unit, _vocabulary(job.vocabulary))
@@ -208,9 +234,9 @@ def _index_tokens(job: UnitJob, unit: Unit, folder: Path) -> _Found:
         bytes=int(found.byte_ends[-1]) if found.byte_ends is not None and len(found.ends) else 0,
         file_bytes=file.size,
         ids_sha256=found.sha256,
-        ends_sha256=_write_file(folder / name, found.ends.astype("<i8").tobytes()),
+        ends_sha256=write_hashed(folder / name, found.ends.astype("<i8").tobytes()),
     )
-    return _Found(
+    return Found(
         shard, _token_candidates(job, file.name, found.start, found.ends, found.byte_ends)
     )
 
@@ -227,7 +253,7 @@ def _token_candidates(
         return []
     starts = np.concatenate(([0], ends[:-1])) + start
     sizes = np.zeros(len(ends), np.int64) if byte_ends is None else np.diff(byte_ends, prepend=0)
-    keys = _mix(starts.astype(np.uint64) + np.uint64(_key(name.encode())))
+    keys = _mix(starts.astype(np.uint64) + np.uint64(key_of(name.encode())))
     fits = sizes >= job.held_out.min_bytes
     if job.held_out.max_bytes is not None:
         fits &= sizes <= job.held_out.max_bytes
@@ -241,46 +267,3 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
-
-
-class _HashedFile:
-    """A file that appears under its name when closed without an error; knows its size and
-    SHA-256.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        self._hash = hashlib.sha256()
-        self.size = 0
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
-
-    def __enter__(self) -> _HashedFile:
-        self._stream = open(self._temporary, "wb", buffering=1 << 20)
-        return self
-
-    def write(self, data: NDArray[Any] | bytes) -> None:
-        view = data if isinstance(data, bytes) else data.data.cast("B")
-        self._hash.update(view)
-        self._stream.write(view)
-        self.size += len(view)
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        if kind is not None:
-            self._stream.close()
-            self._temporary.unlink(missing_ok=True)
-            return
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        os.replace(self._temporary, self._path)
-
-
-def _write_file(path: Path, content: bytes) -> str:
-    """Write a whole file and give its SHA-256."""
-    with _HashedFile(path) as out:
-        out.write(content)
-    return out.sha256

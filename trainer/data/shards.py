@@ -3,6 +3,8 @@
     DIR/shard_00000.ids     ids, little-endian uint16 or uint32, documents one after another
     DIR/shard_00000.ends    int64, where each document ends, counted from the shard's start
     DIR/shard_00000.patches one bit an id, where patches were stored: see patches.py
+    DIR/shard_00000.spans   interleaved documents: int64 (start, length, modality, image number) of what is no text
+    DIR/shard_00000.latents interleaved documents: raw float16 or float32 latents, image after image
     DIR/manifest.json       counts and SHA-256 of every shard, vocabulary, held-out documents,
     fingerprint
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,10 @@ FORMAT = "weft-dataset"
 FORMAT_VERSION = 1
 PATCHES_VERSION = 2
 """Of a dataset with stored patches; one without them is written, and known, as it was before there were any."""
+INTERLEAVED_VERSION = 3
+"""Of a dataset with images or speech."""
+VERSIONS = (FORMAT_VERSION, PATCHES_VERSION, INTERLEAVED_VERSION)
+SPAN_COLUMNS = 4
 MANIFEST = "manifest.json"
 
 
@@ -55,6 +61,11 @@ class Shard:
             say).
         file_bytes: size of the id file, to notice a change at once.
         patches: file name of the patch starts; empty where none are stored.
+        spans: file name of the stretches that are no text; empty in a dataset of text alone.
+        span_count: how many there are.
+        latents: file name of the latents; empty where there are none.
+        images: images of the shard.
+        latent_bytes: size of the latents' file.
     """
 
     ids: str
@@ -69,6 +80,13 @@ class Shard:
     ends_sha256: str
     patches: str = ""
     patches_sha256: str = ""
+    spans: str = ""
+    spans_sha256: str = ""
+    span_count: int = 0
+    latents: str = ""
+    latents_sha256: str = ""
+    latent_bytes: int = 0
+    images: int = 0
 
     def open_ids(self, folder: Path) -> NDArray[Any]:
         """(tokens,) memory-mapped."""
@@ -82,8 +100,38 @@ class Shard:
         """(ceil(tokens / 8),) uint8, memory-mapped."""
         return open_ids(str(folder / self.patches), TokenLayout("|u1", 0, -(-self.tokens // 8)))
 
+    def open_spans(self, folder: Path) -> NDArray[np.int64]:
+        """(N, 4) int64, memory-mapped: start, length, modality (as `MODALITIES` has them), number of the image or -1."""
+        layout = TokenLayout("<i8", 0, self.span_count * SPAN_COLUMNS)
+        flat = open_ids(str(folder / self.spans), layout) if self.spans else np.empty(0, "<i8")
+        return flat.reshape(-1, SPAN_COLUMNS)
+
+    def open_latents(self, folder: Path, dtype: str, shape: Sequence[int]) -> NDArray[Any]:
+        """(images, C, H, W), memory-mapped."""
+        if not self.latents:
+            return np.empty((0, *shape), dtype)
+        layout = TokenLayout(np.dtype(dtype).str, 0, self.latent_bytes // np.dtype(dtype).itemsize)
+        return open_ids(str(folder / self.latents), layout).reshape(-1, *shape)
+
+    def files(self) -> list[tuple[str, int, str]]:
+        """(name, bytes, SHA-256) of each of its files but the ids, which may lie elsewhere."""
+        found = [(self.ends, self.documents * 8, self.ends_sha256)]
+        if self.patches:
+            found.append((self.patches, -(-self.tokens // 8), self.patches_sha256))
+        if self.spans:
+            found.append((self.spans, self.span_count * SPAN_COLUMNS * 8, self.spans_sha256))
+        if self.latents:
+            found.append((self.latents, self.latent_bytes, self.latents_sha256))
+        return found
+
     def dump(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value != ""}
+        """JSON-able; what is not there is left out."""
+        optional = ("patches", "spans", "latents", "images", "latent_bytes")
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value or not name.startswith(optional) and name != "span_count"
+        }
 
 
 @dataclass(frozen=True)
@@ -95,6 +143,7 @@ class Manifest:
         held_out: (shard, document, bytes) of documents that are kept for evaluation.
         dropped: documents left out, by reason.
         patches: identity of the patcher, the length of its rows included; None where no patches are stored.
+        interleaved: what is stored of images and speech, see `interleaved/manifest.py`; None for text alone.
     """
 
     plan: str
@@ -106,6 +155,7 @@ class Manifest:
     dropped: dict[str, int] = field(default_factory=dict)
     fingerprint: str = ""
     patches: dict[str, Any] | None = None
+    interleaved: dict[str, Any] | None = None
 
     @property
     def tokens(self) -> int:
@@ -121,10 +171,12 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         version = FORMAT_VERSION if self.patches is None else PATCHES_VERSION
+        version = version if self.interleaved is None else INTERLEAVED_VERSION
         data = {"format": FORMAT, "version": version, **asdict(self)}
         data["shards"] = [shard.dump() for shard in self.shards]
-        if self.patches is None:
-            del data["patches"]
+        for name in ("patches", "interleaved"):
+            if data[name] is None:
+                del data[name]
         data["totals"] = {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
         write_json(folder / MANIFEST, data)
 
@@ -134,9 +186,10 @@ def content_fingerprint(
     shards: tuple[Shard, ...],
     held_out: object,
     patches: Mapping[str, Any] | None = None,
+    interleaved: Mapping[str, Any] | None = None,
 ) -> str:
-    """SHA-256 over what training sees: ids, document ends, what is held out, what the ids mean, and
-    stored patches with who made them.
+    """SHA-256 over what training sees: ids, document ends, what is held out, what the ids mean,
+    stored patches with who made them, and what is stored of images and speech.
     """
     content = [
         [shard.ids_sha256, shard.ends_sha256, shard.dtype] for shard in shards if shard.tokens
@@ -144,6 +197,8 @@ def content_fingerprint(
     parts: list[Any] = [FORMAT_VERSION, dict(vocabulary), content, held_out]
     if patches is not None:
         parts += [dict(patches), [shard.patches_sha256 for shard in shards if shard.tokens]]
+    if interleaved is not None:
+        parts += [dict(interleaved), [[s.spans_sha256, s.latents_sha256] for s in shards if s.tokens]]
     payload = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
 
@@ -168,11 +223,11 @@ def read_manifest(folder: Path) -> Manifest:
     if (
         not isinstance(data, dict)
         or data.get("format") != FORMAT
-        or data.get("version") not in (FORMAT_VERSION, PATCHES_VERSION)
+        or data.get("version") not in VERSIONS
     ):
         raise DataError(
-            f"{folder / MANIFEST} is not a {FORMAT} manifest of version {FORMAT_VERSION} or "
-            f"{PATCHES_VERSION}; prepare the dataset again"
+            f"{folder / MANIFEST} is not a {FORMAT} manifest of version {VERSIONS[0]} to "
+            f"{VERSIONS[-1]}; prepare the dataset again"
         )
     shards = tuple(Shard(**item) for item in data["shards"])
     held_out = tuple((int(a), int(b), int(c)) for a, b, c in data["held_out"])
@@ -181,6 +236,7 @@ def read_manifest(folder: Path) -> Manifest:
         shards=shards,
         held_out=held_out,
         patches=data.get("patches"),
+        interleaved=data.get("interleaved"),
         **{name: data[name] for name in names},
     )
     _check_sizes(folder, shards)
@@ -189,10 +245,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check_sizes(folder: Path, shards: tuple[Shard, ...]) -> None:
     for shard in shards:
-        files = [(shard.ids, shard.file_bytes), (shard.ends, shard.documents * 8)]
-        if shard.patches:
-            files.append((shard.patches, -(-shard.tokens // 8)))
-        for name, expected in files:
+        files = [(shard.ids, shard.file_bytes, ""), *shard.files()]
+        for name, expected, _ in files:
             path = folder / name
             found = path.stat().st_size if path.is_file() else None
             if found != expected:
@@ -211,12 +265,9 @@ def verify_prepared(folder: Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     for shard in manifest.shards:
-        files = [
-            (shard.ids, shard.open_ids(folder), shard.ids_sha256),
-            (shard.ends, shard.open_ends(folder), shard.ends_sha256),
-        ]
-        if shard.patches:
-            files.append((shard.patches, shard.open_patches(folder), shard.patches_sha256))
+        files = [(shard.ids, shard.open_ids(folder), shard.ids_sha256)]
+        for name, size, expected in shard.files():
+            files.append((name, open_ids(str(folder / name), TokenLayout("|u1", 0, size)), expected))
         for name, array, expected in files:
             if hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() != expected:
                 raise DataError(

@@ -7,6 +7,7 @@ same input always gives the same shards in the same order.
 from __future__ import annotations
 
 import glob
+import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -16,11 +17,15 @@ from pathlib import Path
 from ...models.errors import DataError
 from .config import SourceConfig
 
-__all__ = ["InputFile", "Listing", "Unit", "list_inputs", "plan_units"]
+__all__ = ["INTERLEAVED_KINDS", "InputFile", "Listing", "Unit", "list_inputs", "plan_units"]
 
 SMALLEST_UNIT_BYTES = 1 << 20
 LARGEST_UNIT_BYTES = 64 << 20
 UNITS_AIMED_AT = 256
+SMALLEST_INTERLEAVED_BYTES = 1 << 16
+"""Of JSONL that names images: a line stands for much more than its own bytes."""
+BUILTIN_DOCUMENT_BYTES = 1 << 10
+BUILTIN_UNIT_DOCUMENTS = 4096
 
 ENDINGS = {
     "jsonl": (
@@ -34,10 +39,14 @@ ENDINGS = {
     ),
     "parquet": (".parquet",),
     "tokens": (".npy",),
+    "webdataset": (".tar", ".tar.gz"),
 }
+ENDINGS["interleaved"] = ENDINGS["jsonl"]
+INTERLEAVED_KINDS = ("interleaved", "webdataset", "builtin")
+"""Documents of several modalities; `interleaved` has to be asked for, as its files are called what those of text are."""
 # Files that lie beside data without being data; a folder of text takes them as text all the same.
 COMPANIONS = (".csv", ".csv.gz", ".md", ".txt", ".json", ".yaml", ".yml")
-BUILTINS = ("python-stdlib",)
+BUILTINS = ("python-stdlib", "digits-captions", "shapes", "spoken-digits")
 STDLIB_LEFT_OUT = {
     "site-packages",
     "test",
@@ -63,8 +72,8 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """All files of a source, in order, and how to read them: text, jsonl, parquet, tokens or
-    prepared.
+    """All files of a source, in order, and how to read them: text, jsonl, parquet, tokens, interleaved,
+    webdataset, builtin (documents that are made) or prepared.
     """
 
     kind: str
@@ -80,8 +89,8 @@ class Listing:
 class Unit:
     """What one worker reads at a time: whole files, or one file's part.
 
-    `start` and `stop` are bytes of plain JSONL, row groups of Parquet, ids of token files; both 0
-    is all of it. `size_bytes` is its share of the input.
+    `start` and `stop` are bytes of plain JSONL, row groups of Parquet, ids of token files, documents that
+    are made; both 0 is all of it. `size_bytes` is its share of the input.
     """
 
     index: int
@@ -171,7 +180,9 @@ def _build_listing(source: SourceConfig, paths: list[tuple[Path, str]]) -> Listi
 
 def _tell_kind(source: SourceConfig, names: list[str]) -> str:
     kinds = {
-        kind for kind, endings in ENDINGS.items() if any(name.endswith(endings) for name in names)
+        kind
+        for kind, endings in ENDINGS.items()
+        if kind != "interleaved" and any(name.endswith(endings) for name in names)
     }
     if not kinds or source.extensions:
         return "text"
@@ -182,7 +193,7 @@ def _tell_kind(source: SourceConfig, names: list[str]) -> str:
         raise DataError(
             f"source {source.name!r}: {source.path} holds {' and '.join(sorted(kinds))} "
             f"files{also}; "
-            "say which to read with format: text, jsonl, parquet or tokens"
+            "say which to read with format: text, jsonl, parquet, tokens, interleaved or webdataset"
         )
     return kinds.pop()
 
@@ -196,11 +207,19 @@ def _stat(path: Path, name: str) -> InputFile:
 
 
 def _list_builtin(source: SourceConfig) -> Listing:
-    name = source.path.removeprefix("builtin:")
+    name = source.path.removeprefix("builtin:").partition(":")[0]
     if name not in BUILTINS:
         raise DataError(
             f"source {source.name!r}: no built-in corpus {name!r}; there is {', '.join(BUILTINS)}"
         )
+    if name != "python-stdlib":
+        from .interleaved.builtin import open_builtin
+
+        made = open_builtin(source.path)
+        # What it is made of stands where a file has its version.
+        version = json.dumps(made.identity, sort_keys=True)
+        file = InputFile(source.path, version, made.count * BUILTIN_DOCUMENT_BYTES, 0)
+        return Listing("builtin", source.path, (file,))
     root = Path(sysconfig.get_path("stdlib"))
     paths = [
         (path, relative)
@@ -218,7 +237,12 @@ def _list_builtin(source: SourceConfig) -> Listing:
 
 def plan_units(listing: Listing, token_dtype: str = "uint32") -> list[Unit]:
     """Cut a listing into units of similar size. Depends on the listing only."""
-    aim = min(LARGEST_UNIT_BYTES, max(SMALLEST_UNIT_BYTES, listing.size // UNITS_AIMED_AT))
+    smallest = SMALLEST_UNIT_BYTES
+    if listing.kind in INTERLEAVED_KINDS:
+        smallest = SMALLEST_INTERLEAVED_BYTES
+    aim = min(LARGEST_UNIT_BYTES, max(smallest, listing.size // UNITS_AIMED_AT))
+    if listing.kind == "builtin":
+        aim = BUILTIN_UNIT_DOCUMENTS * BUILTIN_DOCUMENT_BYTES
     if listing.kind == "text":
         return _group_files(listing.files, aim)
     units: list[Unit] = []
@@ -235,11 +259,15 @@ def plan_units(listing: Listing, token_dtype: str = "uint32") -> list[Unit]:
 
 
 def _length(kind: str, file: InputFile, token_dtype: str) -> int:
-    """What a file can be cut by: bytes, row groups or ids; 0 where it has to be read whole."""
+    """What a file can be cut by: bytes, row groups, ids or documents; 0 where it has to be read whole."""
     if kind == "parquet":
         from .readers import count_row_groups
 
         return count_row_groups(file)
+    if kind == "builtin":
+        return file.size // BUILTIN_DOCUMENT_BYTES
+    if kind == "webdataset":
+        return 0
     if kind == "tokens":
         from .token_files import read_layout
 

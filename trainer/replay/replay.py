@@ -100,6 +100,7 @@ class _Session:
                 micro_batch_rows=plan.micro_rows,
                 data_rank=rank,
                 data_ranks=plan.ranks,
+                task=self.task,
                 # Nothing is fetched ahead: steps are asked for one by one.
                 end_sample=0,
             )
