@@ -161,9 +161,7 @@ def rewind(run: Run, data: Dataset, path: Path) -> None:
     )
     run.checkpoints.discard_after(path)
     run.recorder.rewind(run.state.step)
-    run.loader = open_loader(
-        data, run.task, run.engine, run.config, run.state, run.topology
-    )
+    run.loader = open_loader(data, run.task, run.engine, run.config, run.state, run.topology)
 
 
 def evaluation_values(

@@ -70,7 +70,7 @@ class _Flat:
         numbers, is_whole: (P,) of `Pieces`.
         begins, sizes, kinds, images: (K,) place in `ids`, length, modality as prepared data number it, image number.
         pieces: (K,) piece of each span.
-        stores: (K,) index of the row whose shards hold the span's latents, and `shards` (K,) which of them.
+        shards: (K,) of the piece's rows, which holds the span and its latents.
     """
 
     ids: NDArray[np.int64]
@@ -117,9 +117,7 @@ class DocumentAssembler:
         self._byte_lengths = vocabulary.token_byte_lengths()
         self._modalities = config.modalities if config else ("text",)
         # From the numbering of prepared data to the run's own.
-        numbers = [
-            self._modalities.index(m) if m in self._modalities else 0 for m in MODALITIES
-        ]
+        numbers = [self._modalities.index(m) if m in self._modalities else 0 for m in MODALITIES]
         self._local = np.array(numbers, np.uint8)
 
     def pack(self, rows: Sequence[RowOf]) -> PackedBatch:
@@ -149,7 +147,9 @@ class DocumentAssembler:
         # Where the image now comes second, the caption lies before it, whatever it was.
         dropped = found.take(drops)
         captions = np.where(
-            dropped.is_image_first, dropped.stops - dropped.middles, dropped.middles - dropped.starts
+            dropped.is_image_first,
+            dropped.stops - dropped.middles,
+            dropped.middles - dropped.starts,
         )
         return _drop(flat, dropped, captions)
 
@@ -255,9 +255,7 @@ class DocumentAssembler:
         for number, name in enumerate(self._modalities):
             counts[positions_of(name)] = int(by_input[number])
             counts[targets_of(name)] = int(by_target[number])
-        return replace(
-            batch, modality=torch.from_numpy(modality), side=side, host_counts=counts
-        )
+        return replace(batch, modality=torch.from_numpy(modality), side=side, host_counts=counts)
 
     def _continuous(
         self, flat: _Flat, which: NDArray[np.int64], rows: Sequence[RowOf]
@@ -266,10 +264,12 @@ class DocumentAssembler:
         assert self._layout is not None
         of_row = flat.rows[flat.pieces[which]]
         latents = np.empty((len(which), *self._layout.shape), np.float32)
-        for place, (span, row) in enumerate(zip(which.tolist(), of_row.tolist(), strict=True)):
-            stored = rows[row].rows.shards[int(flat.shards[span])].latents
+        homes = np.stack((of_row, flat.shards[which]), axis=1)
+        for row, shard in np.unique(homes, axis=0).tolist():
+            stored = rows[row].rows.shards[shard].latents
             assert stored is not None
-            latents[place] = stored[int(flat.images[span])]
+            mine = np.flatnonzero((of_row == row) & (flat.shards[which] == shard))
+            latents[mine] = stored[flat.images[which[mine]]]
         numbers = np.arange(len(which)) - np.searchsorted(of_row, of_row, "left")
         samples = np.array([row.sample for row in rows], np.int64)[of_row]
         keys = np.stack((samples, numbers), axis=1).astype(np.int64)
@@ -305,10 +305,8 @@ def _gather(rows: Sequence[RowOf]) -> _Flat:
         starts = pieces.starts[first:stop]
         lengths = pieces.positions[first:stop] + 1
         shards = pieces.shards[first:stop]
-        for shard, start, size in zip(
-            shards.tolist(), starts.tolist(), lengths.tolist(), strict=True
-        ):
-            ids.append(row.rows.shards[shard].ids[start : start + size])
+        for shard, start, end in _runs(shards, starts, starts + lengths):
+            ids.append(row.rows.shards[shard].ids[start:end])
         firsts = held + np.cumsum(lengths) - lengths
         spans_from, spans_to = pieces.first_spans[first:stop], pieces.stop_spans[first:stop]
         for shard in np.unique(shards[spans_to > spans_from]).tolist():
@@ -349,6 +347,17 @@ def _gather(rows: Sequence[RowOf]) -> _Flat:
         is_whole.astype(bool),
         *spans.T,
     )
+
+
+def _runs(
+    shards: NDArray[np.int64], starts: NDArray[np.int64], stops: NDArray[np.int64]
+) -> list[tuple[int, int, int]]:
+    """(shard, start, stop) of pieces, those that follow each other without a gap as one."""
+    goes_on = (shards[1:] == shards[:-1]) & (starts[1:] == stops[:-1])
+    firsts = np.flatnonzero(np.concatenate(([True], ~goes_on)))
+    lasts = np.append(firsts[1:] - 1, len(starts) - 1)
+    columns = shards[firsts], starts[firsts], stops[lasts]
+    return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 @dataclass(frozen=True)

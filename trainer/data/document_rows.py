@@ -119,34 +119,25 @@ def _pieces_of(
     numbers = np.arange(len(wanted), dtype=np.int64)
     positions = stops - starts - 1
     _check_images(shard, starts, stops, length, name)
-    is_whole = positions <= length
-    if not is_whole.all():
-        cut = [
-            (start, size, document)
-            for document in np.flatnonzero(~is_whole).tolist()
+    # Columns: start, positions, number of the document, whether it is whole.
+    table = np.stack((starts, positions, numbers, positions <= length), axis=1)
+    if (positions > length).any():
+        pieces = [
+            (start, size, document, 0)
+            for document in np.flatnonzero(positions > length).tolist()
             for start, size in _cut(shard, int(starts[document]), int(positions[document]), length)
         ]
-        extra = np.array(cut, np.int64)
-        starts = np.concatenate((starts[is_whole], extra[:, 0]))
-        positions = np.concatenate((positions[is_whole], extra[:, 1]))
-        numbers = np.concatenate((numbers[is_whole], extra[:, 2]))
-        is_whole = np.arange(len(starts)) < np.count_nonzero(is_whole)
-        order = np.argsort(starts, kind="stable")
-        starts, positions, numbers, is_whole = (
-            values[order] for values in (starts, positions, numbers, is_whole)
-        )
+        table = np.concatenate((table[positions <= length], np.array(pieces, np.int64)))
+        table = table[np.argsort(table[:, 0], kind="stable")]
     # A document of one id has no target.
-    kept = positions > 0
-    starts, positions, numbers, is_whole = (
-        values[kept] for values in (starts, positions, numbers, is_whole)
-    )
+    starts, positions, numbers, is_whole = table[table[:, 1] > 0].T
     begins, ends = shard.spans[:, 0], shard.spans[:, 0] + shard.spans[:, 1]
     pieces = Pieces(
         np.full(len(starts), number, np.int64),
         starts,
         positions,
         numbers,
-        is_whole,
+        is_whole.astype(bool),
         np.searchsorted(ends, starts, "right"),
         np.searchsorted(begins, starts + positions + 1, "left"),
     )

@@ -236,9 +236,7 @@ def _index_tokens(job: UnitJob, unit: Unit, folder: Path) -> Found:
         ids_sha256=found.sha256,
         ends_sha256=write_hashed(folder / name, found.ends.astype("<i8").tobytes()),
     )
-    return Found(
-        shard, _token_candidates(job, file.name, found.start, found.ends, found.byte_ends)
-    )
+    return Found(shard, _token_candidates(job, file.name, found.start, found.ends, found.byte_ends))
 
 
 def _token_candidates(

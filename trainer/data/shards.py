@@ -130,7 +130,7 @@ class Shard:
         return {
             name: value
             for name, value in asdict(self).items()
-            if value or not name.startswith(optional) and name != "span_count"
+            if value or (not name.startswith(optional) and name != "span_count")
         }
 
 
@@ -198,7 +198,10 @@ def content_fingerprint(
     if patches is not None:
         parts += [dict(patches), [shard.patches_sha256 for shard in shards if shard.tokens]]
     if interleaved is not None:
-        parts += [dict(interleaved), [[s.spans_sha256, s.latents_sha256] for s in shards if s.tokens]]
+        parts += [
+            dict(interleaved),
+            [[s.spans_sha256, s.latents_sha256] for s in shards if s.tokens],
+        ]
     payload = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
 
@@ -267,7 +270,9 @@ def verify_prepared(folder: Path) -> Manifest:
     for shard in manifest.shards:
         files = [(shard.ids, shard.open_ids(folder), shard.ids_sha256)]
         for name, size, expected in shard.files():
-            files.append((name, open_ids(str(folder / name), TokenLayout("|u1", 0, size)), expected))
+            files.append(
+                (name, open_ids(str(folder / name), TokenLayout("|u1", 0, size)), expected)
+            )
         for name, array, expected in files:
             if hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() != expected:
                 raise DataError(

@@ -25,14 +25,16 @@ class ImageCodec(Protocol):
         size: pixels a side.
         channels: of the pictures, 1 or 3.
         shape: of what an image becomes: (C, h, w) latents, or (h, w) codes.
-        identity: JSON-able; equal exactly where the same picture becomes the same.
     """
 
     kind: str
     size: int
     channels: int
     shape: tuple[int, ...]
-    identity: dict[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON-able; equal exactly where the same picture becomes the same."""
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
         """(N, size, size, channels) pictures to (N, C, h, w) float32 latents or (N, h * w) int64 codes."""
@@ -49,7 +51,10 @@ class PixelCodec:
     def __init__(self, size: int, channels: int) -> None:
         self.size, self.channels = size, channels
         self.shape: tuple[int, ...] = (channels, size, size)
-        self.identity = {"codec": "pixels", "size": size, "channels": channels}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"codec": "pixels", "size": self.size, "channels": self.channels}
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
         return (pixels.astype(np.float32) / 127.5 - 1).transpose(0, 3, 1, 2)
@@ -66,7 +71,10 @@ class GrayCodes:
     def __init__(self, size: int, codes: int) -> None:
         self.size, self._codes = size, codes
         self.shape: tuple[int, ...] = (size, size)
-        self.identity = {"codec": "gray-codes", "size": size, "codes": codes}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"codec": "gray-codes", "size": self.size, "codes": self._codes}
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
         levels = np.rint(pixels.astype(np.float64) * (self._codes - 1) / 255)

@@ -120,9 +120,7 @@ def _part(item: Any, number: int, where: Callable[[], str], read: ReadMember) ->
             f"{where()}: {kind} of part {number} is {type(value).__name__}, not a string"
         )
     if kind == "text":
-        return Part(
-            kind, value.encode("utf-8", "surrogatepass"), f"{where()} part {number}"
-        )
+        return Part(kind, value.encode("utf-8", "surrogatepass"), f"{where()} part {number}")
     return _file_part(kind, value, read(value), where)
 
 
@@ -199,8 +197,11 @@ def _document_of_sample(
     identity = f"{file_name}/{key}".encode("utf-8", "surrogateescape")
     if ".json" in by_ending:
         return InterleavedDocument(identity, _parts_of(members[by_ending[".json"]], where, read))
-    text, picture = by_ending.get(".txt"), next(
-        (name for ending, name in by_ending.items() if ending in (*IMAGE_ENDINGS, ".npy")), None
+    text, picture = (
+        by_ending.get(".txt"),
+        next(
+            (name for ending, name in by_ending.items() if ending in (*IMAGE_ENDINGS, ".npy")), None
+        ),
     )
     if text is None or picture is None:
         raise DataError(

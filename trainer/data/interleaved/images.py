@@ -92,7 +92,7 @@ def write_image_grid(
 ) -> None:
     """Write (N, H, W, C) pictures as one PNG, row by row; small ones are enlarged without smoothing."""
     pillow = _pillow()
-    count, height, width, channels = images.shape
+    count, height, width, _ = images.shape
     factor = max(1, math.ceil(SMALLEST_TILE / max(height, width)))
     columns = min(columns, max(1, count))
     rows = -(-count // columns)

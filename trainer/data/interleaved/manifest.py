@@ -1,10 +1,10 @@
 """What a prepared dataset says about its images and speech, and whether that fits a run.
 
-    modalities   those that occur in it
-    ids          which ids open, close and spell them (`InterleavedVocabulary.parts`)
-    image        kind, shape, grid, dtype, codec, statistics of the latents
-    files        SHA-256 of files kept beside the shards, such as the centres of speech codes
-    settings     data.interleaved as it was, to open the dataset without a recipe; not part of the fingerprint
+modalities   those that occur in it
+ids          which ids open, close and spell them (`InterleavedVocabulary.parts`)
+image        kind, shape, grid, dtype, codec, statistics of the latents
+files        SHA-256 of files kept beside the shards, such as the centres of speech codes
+settings     data.interleaved as it was, to open the dataset without a recipe; not part of the fingerprint
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ def content_of(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def check_interleaved(
-    name: str, entry: Mapping[str, Any], vocabulary: InterleavedVocabulary, config: InterleavedConfig
+    name: str,
+    entry: Mapping[str, Any],
+    vocabulary: InterleavedVocabulary,
+    config: InterleavedConfig,
 ) -> None:
     """See that a run can read a source.
 

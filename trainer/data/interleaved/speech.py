@@ -27,6 +27,8 @@ HEADER_BYTES = 44
 VOICES = ("m1", "f1", "m3", "f2", "m5", "f3", "m7", "f4", "m2", "f5", "m4", "m6")
 SPEEDS = (150, 175, 130)
 PITCHES = (50, 35, 65)
+QUIET = 0.01
+"""Share of the loudest sample below which there is silence."""
 
 
 def _program() -> str:
@@ -56,8 +58,16 @@ def speak(text: str, voice: str, speed: int, pitch: int) -> NDArray[np.float32]:
         reason = done.stderr.decode(errors="replace").strip() or "no sound"
         raise DataError(f"{PROGRAM} failed to say {text!r} with voice {voice}: {reason}")
     # The header of a streamed file does not know its length.
-    samples = np.frombuffer(done.stdout[HEADER_BYTES:], "<i2", (len(done.stdout) - HEADER_BYTES) // 2)
-    return samples.astype(np.float32) / 32768
+    samples = np.frombuffer(
+        done.stdout[HEADER_BYTES:], "<i2", (len(done.stdout) - HEADER_BYTES) // 2
+    )
+    return _without_silence(samples.astype(np.float32) / np.float32(32768))
+
+
+def _without_silence(waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Without what is quiet before and after the word."""
+    loud = np.flatnonzero(np.abs(waveform) > QUIET * np.abs(waveform).max(initial=0))
+    return waveform[loud[0] : loud[-1] + 1] if len(loud) else waveform
 
 
 def log_mel_frames(waveform: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -101,7 +111,12 @@ def encode_utterances(
     import sklearn.cluster
 
     ways = [
-        (text, VOICES[i % len(VOICES)], SPEEDS[i // len(VOICES) % 3], PITCHES[i // (3 * len(VOICES)) % 3])
+        (
+            text,
+            VOICES[i % len(VOICES)],
+            SPEEDS[i // len(VOICES) % 3],
+            PITCHES[i // (3 * len(VOICES)) % 3],
+        )
         for text in texts
         for i in range(utterances)
     ]

@@ -50,7 +50,10 @@ def encode_interleaved(job: UnitJob, unit: Unit, folder: Path) -> Found:
     statistics: list[LatentStatistics] = []
     position = images = text_bytes = 0
     documents, files = _documents(job, unit)
-    with HashedFile(folder / f"{name}.ids") as ids_out, HashedFile(folder / f"{name}.latents") as out:
+    with (
+        HashedFile(folder / f"{name}.ids") as ids_out,
+        HashedFile(folder / f"{name}.latents") as out,
+    ):
         for batch in _batches(documents, dropped):
             for document, encoded in zip(batch, encoder.encode(batch), strict=True):
                 if job.repeats and find_repetitive_rows(encoded.text_ids[None, :], job.repeats)[0]:
