@@ -38,6 +38,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.16"],
     "hf": ["transformers>=4.57", "tokenizers>=0.21", "datasets>=3.0"],
     "data": ["pyarrow>=16", "zstandard>=0.22"],
+    "images": ["pillow>=10", "scikit-learn>=1.4"],
     "mamba": [
         "mamba-ssm>=2.3; platform_system=='Linux'",
         "causal-conv1d>=1.5; platform_system=='Linux'",
@@ -50,6 +51,7 @@ EXTRAS["dev"] = [
     *EXTRAS["tensorboard"],
     *EXTRAS["hf"],
     *EXTRAS["data"],
+    *EXTRAS["images"],
     "hypothesis>=6.100",
     "mypy>=1.13",
     "psutil>=5.9",

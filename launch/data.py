@@ -10,6 +10,7 @@ import click
 
 from ..models.errors import DataError
 from .data_patches import command as patches
+from .interleaved_options import interleaved_from, interleaved_options
 from .options import load_recipe_or_run, overrides_argument
 from .patch_options import patch_options, patching_from
 
@@ -26,6 +27,8 @@ Examples:
   weft data prepare 'web/*.jsonl.zst' --out data/web --vocabulary hf:tokenizers/dolma2
   weft data prepare builtin:python-stdlib --out data/stdlib --held-out 20
   weft data prepare ~/texts --out data/texts --patches-from runs/entropy --patch-size 4.5
+  weft data prepare pairs.jsonl --out data/pairs --format interleaved --codec vae:models/vae --image-size 256
+  weft data prepare builtin:digits-captions --out data/digits --image-size 8 --image-channels 1
 """
 
 INSPECT_EXAMPLES = """\b
@@ -33,6 +36,7 @@ Examples:
   weft data inspect olmo2/quickstart
   weft data inspect olmo2/quickstart data.sequence_length=1024 --samples 1
   weft data inspect data/texts --sequence-length 512 --verify
+  weft data inspect data/digits --sequence-length 128 --images digits.png
 """
 
 
@@ -66,7 +70,7 @@ def command() -> None:
     "kind",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "text", "jsonl", "parquet", "tokens"]),
+    type=click.Choice(["auto", "text", "jsonl", "parquet", "tokens", "interleaved", "webdataset"]),
     help="How to read SOURCE; auto goes by the file names.",
 )
 @click.option(
@@ -109,6 +113,7 @@ def command() -> None:
     help="Store patch starts too: run of an entropy model (with --threshold or --patch-size), or one with patches.",
 )
 @patch_options
+@interleaved_options
 @click.option(
     "--sequence-length",
     default=4096,
@@ -136,11 +141,12 @@ def prepare(
     """Prepare SOURCE into memory-mapped shards.
 
     SOURCE is a file, a folder, a glob, or builtin:NAME: text or code, JSONL (.gz, .zst), Parquet,
-    or token files. Run
+    token files, or documents of text, images and speech (JSONL with --format interleaved, WebDataset tar). Run
     the same command again after an interruption: finished shards are kept.
     """
     from ..trainer.data.config import HeldOutConfig, RepeatFilterConfig, SourceConfig
     from ..trainer.data.prepare import plan_preparation, prepare_source
+    from ..trainer.data.sources import INTERLEAVED_KINDS, list_inputs
 
     config = SourceConfig(
         name=name_of(source),
@@ -150,6 +156,8 @@ def prepare(
         extensions=extensions,
         token_dtype=token_dtype,  # type: ignore[arg-type]
     )
+    listing = list_inputs(config)
+    interleaved = interleaved_from(given, needed=listing.kind in INTERLEAVED_KINDS)
     preparation = plan_preparation(
         config,
         vocabulary,
@@ -159,6 +167,7 @@ def prepare(
         repeats=RepeatFilterConfig(),
         drop_repetitive=drop_repetitive,
         patches=_patch_job(patches_from, given, vocabulary, sequence_length),
+        interleaved=interleaved,
     )
     if preparation.listing.kind == "prepared":
         raise DataError(
@@ -203,6 +212,7 @@ def _report(manifest: Manifest, out: Path) -> None:
         f"{len(manifest.shards)} shards",
         f"held out {len(manifest.held_out)} documents, left out {dropped or 'none'}",
         *_patch_lines(manifest),
+        *_interleaved_lines(manifest),
         f"fingerprint {manifest.fingerprint}",
         f"next: weft data inspect {out}, or a recipe with data.sources: "
         f"[{{name: {name_of(str(out))}, path: {out}}}]",
@@ -216,6 +226,24 @@ def _patch_lines(manifest: Manifest) -> list[str]:
     known = {name: value for name, value in manifest.patches.items() if value is not None}
     told = ", ".join(f"{name.replace('_', ' ')} {str(v)[:20]}" for name, v in known.items())
     return [f"patches: {told}"]
+
+
+def _interleaved_lines(manifest: Manifest) -> list[str]:
+    found = manifest.interleaved
+    if found is None:
+        return []
+    lines = [f"holds {', '.join(found['modalities'])}"]
+    image = found.get("image")
+    if image is not None:
+        shape, grid = (" x ".join(map(str, image[key])) for key in ("shape", "grid"))
+        count = sum(shard.images for shard in manifest.shards)
+        line = f"{count:,} images as {image['kind']} of {shape}, {grid} positions each"
+        if image["statistics"]:
+            line += (
+                f"; mean {image['statistics']['mean']:.4f}, std {image['statistics']['std']:.4f}"
+            )
+        lines.append(line)
+    return lines
 
 
 @command.command(epilog=INSPECT_EXAMPLES)
@@ -234,6 +262,11 @@ def _patch_lines(manifest: Manifest) -> list[str]:
     help="For a DIR.",
 )
 @click.option("--verify", is_flag=True, help="Check every byte against the checksums first.")
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the first images of the order as a grid into this PNG.",
+)
 def inspect(
     what: str,
     overrides: tuple[str, ...],
@@ -242,6 +275,7 @@ def inspect(
     vocabulary: str | None,
     sequence_length: int,
     verify: bool,
+    images: Path | None,
 ) -> None:
     """Show sources, document lengths, packing and decoded samples of a recipe, a run, or a prepared
     dataset.
@@ -267,20 +301,29 @@ def inspect(
         console = Console(highlight=False, width=140)
     for item in render_dataset(data, seed=own_seed if seed is None else seed, samples=samples):
         console.print(item)
+    if images is not None:
+        from ..trainer.data.interleaved.inspect import write_images
+
+        count = write_images(data, images, own_seed if seed is None else seed)
+        click.echo(f"{count} images in {images}")
 
 
 def _config_of_folder(folder: Path, vocabulary: str | None, sequence_length: int) -> DataConfig:
     from ..trainer.data.config import DataConfig, SourceConfig
     from ..trainer.data.shards import read_manifest
 
-    kind = read_manifest(folder).vocabulary["kind"]
+    manifest = read_manifest(folder)
+    kind = manifest.vocabulary["kind"]
     if vocabulary is None and kind != "bytes":
         raise DataError(
             f"{folder} was prepared with a tokenizer; name it with --vocabulary hf:PATH"
         )
     source = SourceConfig(name=name_of(str(folder)), path=str(folder), format="prepared")
     return DataConfig(
-        sources=(source,), vocabulary=vocabulary or "bytes", sequence_length=sequence_length
+        sources=(source,),
+        vocabulary=vocabulary or "bytes",
+        sequence_length=sequence_length,
+        interleaved=manifest.interleaved["settings"] if manifest.interleaved else None,
     )
 
 

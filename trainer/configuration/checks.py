@@ -90,11 +90,32 @@ def _in_steps(tokens: int, batch: int) -> str:
 
 
 def _vocabulary_fits(config: TrainingConfig) -> Iterator[str]:
-    size = getattr(config.model, "vocab_size", None)
-    if config.data.vocabulary == "bytes" and size is not None and size < BYTE_VOCABULARY_SIZE:
+    size, interleaved = getattr(config.model, "vocab_size", None), config.data.interleaved
+    if config.data.vocabulary != "bytes" or size is None:
+        return
+    needed = BYTE_VOCABULARY_SIZE + (interleaved.added_ids if interleaved else 0)
+    if size < needed:
+        extended = " with data.interleaved" if interleaved else ""
         yield (
-            f"model.vocab_size: {size} is less than the {BYTE_VOCABULARY_SIZE} ids of data.vocabulary=bytes; "
-            f"set model.vocab_size={BYTE_VOCABULARY_SIZE}"
+            f"model.vocab_size: {size} is less than the {needed} ids of data.vocabulary=bytes{extended}; "
+            f"set model.vocab_size={needed}"
+        )
+
+
+def _modalities_agree(config: TrainingConfig) -> Iterator[str]:
+    interleaved = config.data.interleaved
+    if interleaved is None:
+        return
+    ours, theirs = interleaved.modalities, getattr(config.model, "modalities", None)
+    if theirs is not None and tuple(theirs) != ours:
+        yield (
+            f"model.modalities: [{', '.join(theirs)}] is not data.interleaved.modalities [{', '.join(ours)}]; positions are "
+            "routed by their place in it, so set both to the same list"
+        )
+    elif theirs is None and "image" in ours and interleaved.image.kind == "latents":
+        yield (
+            "data.interleaved.image.kind: this model family reads ids alone, not latents; set it to codes with a codec that "
+            "makes them (gray-codes, vq:FOLDER), or choose a family with model.modalities"
         )
 
 
@@ -160,7 +181,8 @@ _CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("train.micro_batch_tokens", "data.sequence_length"), _micro_batch_in_rows),
     (("train.micro_batch_tokens", "train.batch_tokens"), _micro_batch_within_batch),
     (("train.steps", "train.batch_tokens", "schedule"), _schedule_in_steps),
-    (("model.vocab_size", "data.vocabulary"), _vocabulary_fits),
+    (("model.vocab_size", "data.vocabulary", "data.interleaved"), _vocabulary_fits),
+    (("model.modalities", "data.interleaved"), _modalities_agree),
     (("model.ngram", "data.vocabulary"), _ngrams_of_bytes),
     (("model.patching", "data.vocabulary"), _patches_of_bytes),
     (("parallel",), _mesh_only_for_hsdp),

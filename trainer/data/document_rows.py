@@ -122,12 +122,12 @@ def _pieces_of(
     # Columns: start, positions, number of the document, whether it is whole.
     table = np.stack((starts, positions, numbers, positions <= length), axis=1)
     if (positions > length).any():
-        pieces = [
+        cut = [
             (start, size, document, 0)
             for document in np.flatnonzero(positions > length).tolist()
             for start, size in _cut(shard, int(starts[document]), int(positions[document]), length)
         ]
-        table = np.concatenate((table[positions <= length], np.array(pieces, np.int64)))
+        table = np.concatenate((table[positions <= length], np.array(cut, np.int64)))
         table = table[np.argsort(table[:, 0], kind="stable")]
     # A document of one id has no target.
     starts, positions, numbers, is_whole = table[table[:, 1] > 0].T

@@ -5,14 +5,20 @@ borders.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...models.batch import IGNORED
 from .dataset import Dataset, Source
+from .interleaved.inspect import (
+    count_modalities,
+    decode_interleaved,
+    padding_positions,
+)
 from .loader import PackedLoader
 
 if TYPE_CHECKING:
@@ -35,6 +41,7 @@ ROWS_AT_ONCE = 64
 SAMPLE_CHARACTERS = 1200
 BORDER = "⟦next document⟧"
 CUT_OFF = "⟦row ends inside the document⟧"
+PADDING = "⟦padding, {} positions⟧"
 NO_LOSS = "⟦repeats: no loss on this row⟧"
 
 
@@ -64,6 +71,9 @@ class PackingSummary:
         filtered: share of rows silenced by the repeat filter.
         documents: documents or parts of one in a row, on average.
         cut: share of rows that end inside a document.
+        padding: share of positions that no document has.
+        modalities: (positions, counted targets) by modality; empty where all is text.
+        images: in a row, on average.
     """
 
     samples: int
@@ -71,6 +81,9 @@ class PackingSummary:
     filtered: float
     documents: float
     cut: float
+    padding: float = 0.0
+    modalities: dict[str, tuple[int, int]] = field(default_factory=dict)
+    images: float = 0.0
 
 
 def summarise_lengths(lengths: NDArray[np.int64]) -> LengthSummary:
@@ -91,16 +104,30 @@ def summarise_packing(data: Dataset, seed: int, samples: int = PACKING_SAMPLES) 
     """Look at the first samples of a run's order."""
     total = sum(source.sequences for source in data.sources)
     rows = min(samples, total) // ROWS_AT_ONCE * ROWS_AT_ONCE or min(samples, total)
-    trained = positions = silent = pieces = cut = 0
+    trained = positions = silent = pieces = cut = padding = 0
+    eos_id, is_padded = data.vocabulary.eos_id, data.config.packs_documents
     for batch in _batches(data, seed, rows):
         trained += batch.target_count
         positions += len(batch.tokens)
         carries_loss = (batch.targets.view(batch.rows, -1) >= 0).any(dim=1)
         silent += int((~carries_loss).sum())
         pieces += len(batch.cu_seqlens) - 1
-        last_ids = batch.tokens.view(batch.rows, -1)[:, -1]
-        cut += int((last_ids != data.vocabulary.eos_id).sum())
-    return PackingSummary(rows, trained / positions, silent / rows, pieces / rows, cut / rows)
+        last = batch.tokens if not is_padded else batch.targets
+        last_ids = last.view(batch.rows, -1)[:, -1]
+        if is_padded:
+            padding += padding_positions(batch, eos_id)
+            pieces -= int((batch.tokens.view(batch.rows, -1)[:, -1] == eos_id).sum())
+            cut += int(((last_ids != eos_id) & (last_ids != IGNORED)).sum())
+        else:
+            cut += int((last_ids != eos_id).sum())
+    summary = PackingSummary(
+        rows, trained / positions, silent / rows, pieces / rows, cut / rows, padding / positions
+    )
+    if data.config.interleaved is None:
+        return summary
+    counts = count_modalities(data, _batches(data, seed, rows))
+    modalities = {name: (counts.positions[name], counts.targets[name]) for name in data.modalities}
+    return replace(summary, modalities=modalities, images=counts.images / rows)
 
 
 def _batches(data: Dataset, seed: int, rows: int) -> Iterator[PackedBatch]:
@@ -190,10 +217,14 @@ def _packing_table(summary: PackingSummary) -> RenderableType:
     rows = [
         ("positions that carry a loss", f"{summary.trained:.2%}"),
         ("rows silenced by the repeat filter", f"{summary.filtered:.2%}"),
-        ("padding", "0 (nothing is padded)"),
+        ("padding", f"{summary.padding:.2%}" if summary.padding else "0 (nothing is padded)"),
         ("documents or parts of one in a row", f"{summary.documents:.2f}"),
         ("rows that end inside a document", f"{summary.cut:.2%}"),
     ]
+    for name, (positions, targets) in summary.modalities.items():
+        rows.append((f"{name}: positions, targets", f"{positions:,}, {targets:,}"))
+    if summary.modalities:
+        rows.append(("images in a row", f"{summary.images:.2f}"))
     return _plain_table(f"Packing, first {summary.samples} samples", ("", "value"), rows)
 
 
@@ -220,16 +251,27 @@ def decode_pieces(data: Dataset, batch: PackedBatch) -> Iterator[tuple[str, str]
     """
     borders = batch.cu_seqlens.tolist()
     room = max(80, SAMPLE_CHARACTERS // (len(borders) - 1))
+    is_padded = data.config.packs_documents and int(batch.tokens[-1]) == data.vocabulary.eos_id
     for i, (start, stop) in enumerate(pairwise(borders)):
         if i:
             yield f"\n{BORDER}\n", "bold magenta"
-        text = data.vocabulary.decode(batch.tokens[start:stop].numpy())
+        if is_padded and stop == len(batch.tokens):
+            yield PADDING.format(stop - start), "dim"
+            break
+        text = _decode(data, batch, start, stop)
         if len(text) > room:
             text = (
                 f"{text[: room // 2]}\n… {len(text) - room:,} characters …\n{text[-(room // 2) :]}"
             )
         yield text, ""
-    if int(batch.tokens[-1]) != data.vocabulary.eos_id:
+    last = batch.targets if data.config.packs_documents else batch.tokens
+    if not is_padded and int(last[-1]) != data.vocabulary.eos_id:
         yield f"\n{CUT_OFF}", "bold magenta"
     if batch.target_count == 0:
         yield f"\n{NO_LOSS}", "bold red"
+
+
+def _decode(data: Dataset, batch: PackedBatch, start: int, stop: int) -> str:
+    if batch.modality is not None:
+        return decode_interleaved(data, batch, start, stop)
+    return data.vocabulary.decode(batch.tokens[start:stop].numpy())
