@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import pytest
@@ -23,7 +23,11 @@ LATENTS = {"image": {"codec": None}}
 def halves(piece: list[Item]) -> tuple[list[Item], list[Item]] | None:
     """Caption and image of a whole document that is one of each, in their order there."""
     inner = piece[1:-1]
-    if piece[0].id != 1 or piece[-1].id != 2 or sum(i.modality == 1 for i in inner) != IMAGE_POSITIONS:
+    if (
+        piece[0].id != 1
+        or piece[-1].id != 2
+        or sum(i.modality == 1 for i in inner) != IMAGE_POSITIONS
+    ):
         return None
     first = next(k for k, item in enumerate(inner) if item.modality == 1) - 1
     unit = inner[first : first + IMAGE_POSITIONS + 2]
@@ -46,7 +50,9 @@ def arrange(piece: list[Item], image_first: bool, drops: bool) -> list[Item]:
 def check_batch(sample: Sample, batch, rows: list[list[list[Item]]], length: int) -> None:
     """Every tensor and count of a batch against the pieces of its rows."""
     vocabulary, is_codes = sample.vocabulary, sample.config.image.kind == "codes"
-    tokens, targets, positions, starts, modality, target_modality, after, spans = ([] for _ in range(8))
+    tokens, targets, positions, starts, modality, target_modality, after, spans = (
+        [] for _ in range(8)
+    )
     images, firsts, keys = [], [], []
     captions = 0
     marks = {*vocabulary.special_ids, vocabulary.eos_id}
@@ -55,7 +61,7 @@ def check_batch(sample: Sample, batch, rows: list[list[list[Item]]], length: int
         for piece in row:
             starts.append(len(tokens))
             seen = False
-            for k, (item, following) in enumerate(zip(piece, piece[1:], strict=False)):
+            for k, (item, following) in enumerate(pairwise(piece)):
                 if k and piece[k - 1].modality == 1 and item.modality == 0:
                     seen = True
                 if item.modality == 1 and piece[k - 1].modality == 0:
@@ -183,7 +189,9 @@ def test_evaluation_alternates_and_drops_nothing() -> None:
 def test_an_image_without_room_is_refused() -> None:
     sample = make_sample([["ti"]], **LATENTS)
     assert sample.rows(IMAGE_POSITIONS + 2).sequences == 2
-    with pytest.raises(DataError, match=r"image of 4 positions .*sequence_length=5; raise it to 6 or"):
+    with pytest.raises(
+        DataError, match=r"image of 4 positions .*sequence_length=5; raise it to 6 or"
+    ):
         sample.rows(IMAGE_POSITIONS + 1)
 
 
@@ -198,7 +206,7 @@ def test_an_image_over_the_end_of_its_document_is_refused() -> None:
 def test_text_alone_packs_whole_documents() -> None:
     ids = [[1, 5, 6, 2], [1, 7, 2], [1, *range(10, 20), 2], [2]]
     ends = np.cumsum([len(d) for d in ids])
-    shard = ShardArrays(np.array(sum(ids, []), np.uint16), ends)
+    shard = ShardArrays(np.concatenate(ids).astype(np.uint16), ends)
     rows = DocumentRows([shard], [np.arange(4)], 5, "s")
     batch = DocumentAssembler(ByteVocabulary(), 5).pack(
         [RowOf(i, 0, rows, i) for i in range(rows.sequences)]

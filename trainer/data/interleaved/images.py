@@ -48,7 +48,8 @@ def decode_image(raw: bytes, name: str) -> NDArray[np.uint8]:
             image.load()
             return np.asarray(_to_rgb(pillow, pillow.ImageOps.exif_transpose(image)))
     except (OSError, ValueError, SyntaxError, pillow.Image.DecompressionBombError) as error:
-        reason = str(error).replace("<_io.BytesIO object", "<data").splitlines()[0]
+        is_unknown = isinstance(error, pillow.UnidentifiedImageError)
+        reason = "no known image format" if is_unknown else str(error).splitlines()[0]
         raise DataError(
             f"{name} is not an image that can be read: {reason}; fetch it again or take its document out"
         ) from error

@@ -285,7 +285,9 @@ class _Encoder:
             )
 
     def _stored(self, part: Part, latent: NDArray[Any]) -> NDArray[Any]:
-        stored = np.ascontiguousarray(latent, np.dtype(self.config.image.dtype).newbyteorder("<"))
+        dtype = np.dtype(self.config.image.dtype).newbyteorder("<")
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(latent, dtype)
         if not np.isfinite(stored).all():
             raise DataError(
                 f"{part.name}: latents up to {np.abs(latent).max():g} do not fit {self.config.image.dtype}; set "
