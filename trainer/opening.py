@@ -50,6 +50,7 @@ def open_run(
     data = open_data(config.data, topology)
     config = settle_patching(config, data, topology, is_new=not resume)
     check_data_patches(config, data, topology)
+    config = settle_images(config, data)
     task = build_task(config.model)
     engine = build_engine(task, config, topology)
 
@@ -112,6 +113,23 @@ def open_run(
     )
     supervision.event("opened", step=state.step, train_seconds=state.seconds)
     return run
+
+
+def settle_images(config: TrainingConfig, data: Dataset) -> TrainingConfig:
+    """The configuration with what was measured of the latents in it, so that images can be made without the data."""
+    interleaved, images = config.data.interleaved, data.images
+    if interleaved is None or images is None or images.kind != "latents":
+        return config
+    measured = {
+        "scale": images.scale,
+        "shift": images.shift,
+        "clip": (images.minimum, images.maximum),
+    }
+    image = interleaved.image.model_copy(update=measured)
+    settled = interleaved.model_copy(update={"image": image})
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"interleaved": settled})}
+    )
 
 
 def samples_left_out(config: TrainingConfig, state: TrainState) -> list[tuple[int, int]]:

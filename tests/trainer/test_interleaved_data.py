@@ -222,6 +222,9 @@ def test_the_fingerprint_knows_order_and_images(
     other = open_pairs(tmp_path, *sources, interleaved={"image": {"size": 4}})
     with pytest.raises(DataError, match="'pairs' has other content"):
         other.check_fingerprint(data.fingerprint)
+    scaled = {**PIXELS, "image": {**PIXELS["image"], "scale": 2.0}}
+    with pytest.raises(DataError, match=r"latents was scale .* and is scale 2\.0"):
+        open_pairs(folder, *sources, interleaved=scaled).check_fingerprint(data.fingerprint)
     plain = open_pairs(folder, sources[1], interleaved=None)
     assert set(plain.fingerprint) == {"vocabulary", "sequence_length", "repeat_filter", "sources"}
 
@@ -466,3 +469,15 @@ def test_reserved_ids_stand_for_added_ones(folder: Path, tmp_path: Path) -> None
     assert {0, 3} <= set(batch.tokens.tolist())
     with pytest.raises(DataError, match=r"eoi_id: 2 is no reserved id"):
         open_pairs(tmp_path, source, interleaved={**PIXELS, "boi_id": 0, "eoi_id": 2})
+
+
+def test_a_run_keeps_what_was_measured_of_its_latents(data: Dataset) -> None:
+    from weft.models.transformer.config import Config
+    from weft.trainer.configuration.schema import TrainingConfig
+    from weft.trainer.opening import settle_images
+
+    config = settle_images(TrainingConfig(model=Config(), data=data.config), data)
+    kept = TrainingConfig.model_validate(config.dump()).data
+    assert kept.interleaved.image.clip == (data.images.minimum, data.images.maximum)
+    again = open_data(kept)
+    assert (again.images, again.fingerprint) == (data.images, data.fingerprint)

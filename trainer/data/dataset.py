@@ -39,6 +39,8 @@ __all__ = ["Dataset", "Source", "cache_folder", "open_data"]
 
 # Well below any collective's time limit, so that ranks that wait for a long preparation live.
 HEARTBEAT_S = 20.0
+BASIC_PARTS = ("vocabulary", "sequence_length", "repeat_filter")
+"""Of the fingerprint of any data; others are there where the data are interleaved, or packed by documents."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Dataset:
         self.images: ImageLayout | None = None
         """Shape, scale and codec of the images of all sources; None where there are none."""
         if settings is not None:
-            self.images = join_layouts(images, settings.image.scale, settings.image.shift)
+            self.images = join_layouts(images, settings.image)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -182,6 +184,8 @@ class Dataset:
         more: dict[str, Any] = {"packing": "documents"} if self.config.packs_documents else {}
         if self.config.interleaved is not None:
             more["interleaved"] = self.config.interleaved.order_settings()
+        if self.images is not None and self.images.kind == "latents":
+            more["latents"] = {"scale": self.images.scale, "shift": self.images.shift}
         return more | {
             "vocabulary": self.vocabulary.identity(),
             "sequence_length": self.sequence_length,
@@ -213,7 +217,7 @@ class Dataset:
 
 
 def _changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("vocabulary", "sequence_length", "repeat_filter", "packing", "interleaved"):
+    for key in (*BASIC_PARTS, "packing", "interleaved", "latents"):
         if saved.get(key) != found.get(key):
             label = key.replace("_", " ")
             yield f"{label} was {_short(saved.get(key))} and is {_short(found.get(key))}"

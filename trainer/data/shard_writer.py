@@ -73,7 +73,7 @@ class UnitJob:
             settings = self.interleaved
             identity["interleaved"] = {
                 "modalities": list(settings.modalities),
-                "image": settings.image.model_dump(exclude={"codec", "scale", "shift"}),
+                "image": settings.image.model_dump(exclude={"codec", "scale", "shift", "clip"}),
                 "codec": self.codec,
                 "speech": settings.speech.model_dump(),
                 "special_ids": settings.special_ids(),

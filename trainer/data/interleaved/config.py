@@ -54,6 +54,10 @@ class ImageConfig(Section):
     shift: float | None = Field(
         None, description="what is taken off a latent; null is the mean of all sources"
     )
+    clip: tuple[float, float] | None = Field(
+        None,
+        description="lowest and highest latent a model sees, to which sampling clips; null is what all sources have",
+    )
 
     @field_validator("codec")
     @classmethod
@@ -168,6 +172,4 @@ class InterleavedConfig(Section):
             "image_first": self.image_first,
             "caption_dropout": self.caption_dropout,
             "score_boi": self.score_boi,
-            "scale": self.image.scale,
-            "shift": self.image.shift,
         }

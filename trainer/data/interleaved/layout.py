@@ -11,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....models.errors import DataError
+from .config import ImageConfig
 
 __all__ = ["ImageLayout", "LatentStatistics", "image_grid", "join_layouts"]
+
+SMALLEST_STD = 1e-6
 
 
 @dataclass(frozen=True)
@@ -131,14 +134,12 @@ def image_grid(kind: str, shape: tuple[int, ...], patch_size: int, name: str) ->
     return height // patch_size, width // patch_size
 
 
-def join_layouts(
-    found: Mapping[str, Mapping[str, Any]], scale: float | None, shift: float | None
-) -> ImageLayout | None:
+def join_layouts(found: Mapping[str, Mapping[str, Any]], config: ImageConfig) -> ImageLayout | None:
     """The layout of all sources together; None where none has images.
 
     Args:
         found: `image` of each source's manifest, by the name of the source.
-        scale, shift: None is what the latents of all sources measure together.
+        config: its scale, shift and clip; None of them is what the latents of all sources measure together.
 
     Raises:
         DataError: the images of two sources differ in shape or in what encoded them.
@@ -157,17 +158,11 @@ def join_layouts(
     if image["kind"] == "codes":
         return ImageLayout("codes", shape, grid, image["codec"])
     joined = LatentStatistics.join(LatentStatistics.load(i["statistics"]) for i in found.values())
-    shift = joined.mean if shift is None else shift
-    scale = 1 / max(joined.std, 1e-6) if scale is None else scale
+    shift = joined.mean if config.shift is None else config.shift
+    scale = 1 / max(joined.std, SMALLEST_STD) if config.scale is None else config.scale
+    measured = (joined.minimum - shift) * scale, (joined.maximum - shift) * scale
     return ImageLayout(
-        "latents",
-        shape,
-        grid,
-        image["codec"],
-        shift,
-        scale,
-        (joined.minimum - shift) * scale,
-        (joined.maximum - shift) * scale,
+        "latents", shape, grid, image["codec"], shift, scale, *(config.clip or measured)
     )
 
 
