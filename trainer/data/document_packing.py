@@ -303,12 +303,13 @@ def _gather(rows: Sequence[RowOf]) -> _Flat:
         first, stop = row.rows.bounds(row.sequence)
         pieces = row.rows.pieces
         starts = pieces.starts[first:stop]
-        lengths = pieces.positions[first:stop] + 1
+        lengths = pieces.positions[first:stop].astype(np.int64) + 1
         shards = pieces.shards[first:stop]
         for shard, start, end in _runs(shards, starts, starts + lengths):
             ids.append(row.rows.shards[shard].ids[start:end])
         firsts = held + np.cumsum(lengths) - lengths
-        spans_from, spans_to = pieces.first_spans[first:stop], pieces.stop_spans[first:stop]
+        spans_from = pieces.first_spans[first:stop].astype(np.int64)
+        spans_to = pieces.stop_spans[first:stop].astype(np.int64)
         for shard in np.unique(shards[spans_to > spans_from]).tolist():
             mine = np.flatnonzero(shards == shard)
             which = ranges(spans_from[mine], spans_to[mine])
@@ -325,7 +326,7 @@ def _gather(rows: Sequence[RowOf]) -> _Flat:
                 np.full(len(which), shard),
             )
             of_span.append(np.stack(columns, axis=1))
-        values = (
+        values: tuple[NDArray[Any], ...] = (
             lengths,
             np.full(len(starts), number),
             pieces.numbers[first:stop],
@@ -350,7 +351,7 @@ def _gather(rows: Sequence[RowOf]) -> _Flat:
 
 
 def _runs(
-    shards: NDArray[np.int64], starts: NDArray[np.int64], stops: NDArray[np.int64]
+    shards: NDArray[np.int32], starts: NDArray[np.int64], stops: NDArray[np.int64]
 ) -> list[tuple[int, int, int]]:
     """(shard, start, stop) of pieces, those that follow each other without a gap as one."""
     goes_on = (shards[1:] == shards[:-1]) & (starts[1:] == stops[:-1])

@@ -43,7 +43,7 @@ class ShardArrays:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Documents, or pieces of one that is longer than a row; arrays of (P,).
+    """Documents, or pieces of one that is longer than a row; arrays of (P,), 29 bytes a piece.
 
     Args:
         shards, starts: where the first id stands.
@@ -53,13 +53,13 @@ class Pieces:
         first_spans, stop_spans: spans of the shard that reach into the piece.
     """
 
-    shards: NDArray[np.int64]
+    shards: NDArray[np.int32]
     starts: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    numbers: NDArray[np.int64]
+    positions: NDArray[np.int32]
+    numbers: NDArray[np.int32]
     is_whole: NDArray[np.bool_]
-    first_spans: NDArray[np.int64]
-    stop_spans: NDArray[np.int64]
+    first_spans: NDArray[np.int32]
+    stop_spans: NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -132,14 +132,15 @@ def _pieces_of(
     # A document of one id has no target.
     starts, positions, numbers, is_whole = table[table[:, 1] > 0].T
     begins, ends = shard.spans[:, 0], shard.spans[:, 0] + shard.spans[:, 1]
+    # A source may have hundreds of millions of documents: nothing here is wider than it has to be.
     pieces = Pieces(
-        np.full(len(starts), number, np.int64),
+        np.full(len(starts), number, np.int32),
         starts,
-        positions,
-        numbers,
+        positions.astype(np.int32),
+        numbers.astype(np.int32),
         is_whole.astype(bool),
-        np.searchsorted(ends, starts, "right"),
-        np.searchsorted(begins, starts + positions + 1, "left"),
+        np.searchsorted(ends, starts, "right").astype(np.int32),
+        np.searchsorted(begins, starts + positions + 1, "left").astype(np.int32),
     )
     return pieces, ids
 
@@ -188,11 +189,11 @@ def _cut(shard: ShardArrays, start: int, positions: int, length: int) -> list[tu
 def _join(parts: Sequence[Pieces]) -> Pieces:
     """Pieces of all shards, their documents numbered on."""
     if not parts:
-        nothing = np.empty(0, np.int64)
-        return Pieces(nothing, nothing, nothing, nothing, nothing.astype(bool), nothing, nothing)
+        few, none = np.empty(0, np.int32), np.empty(0, bool)
+        return Pieces(few, few.astype(np.int64), few, few, none, few, few)
     before, numbers = 0, []
     for part in parts:
-        numbers.append(part.numbers + before)
+        numbers.append(part.numbers + np.int32(before))
         before += int(part.numbers.max(initial=-1)) + 1
     return Pieces(
         *(
@@ -204,14 +205,14 @@ def _join(parts: Sequence[Pieces]) -> Pieces:
     )
 
 
-def _next_fit(positions: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+def _next_fit(positions: NDArray[np.int32], length: int) -> NDArray[np.int64]:
     """(R + 1,) first piece of each row, and the number of pieces."""
     before = np.concatenate(([0], np.cumsum(positions)))
     # What would follow a row that began with each piece.
     following = np.searchsorted(before, before[:-1] + length, "right") - 1
-    chain, piece, jumps = [0], 0, following.tolist()
-    while piece < len(jumps):
-        piece = jumps[piece]
+    chain, piece = [0], 0
+    while piece < len(following):
+        piece = int(following[piece])
         chain.append(piece)
     return np.array(chain, np.int64)
 
