@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .modalities import MODALITIES
+
 __all__ = [
     "AFTER_IMAGE",
     "CAPTION_TARGETS",
@@ -26,6 +28,7 @@ __all__ = [
     "IMAGE_KEYS",
     "IMAGE_SPANS",
     "LATENTS",
+    "MODALITIES",
     "NEXT_STARTS_PATCH",
     "NOISE",
     "TARGET_MODALITY",

@@ -206,7 +206,7 @@ def _evaluate_batches(
         output = engine.evaluate(drawn.to(engine.topology.device))
         losses = {**output.terms, **output.metrics}
         totals.append(torch.stack([loss.total.detach().reshape(()) for loss in losses.values()]))
-        counts = task.counts(batch)
+        counts = task.counts(drawn)
         for name, loss in losses.items():
             sums.counts[name] = sums.counts.get(name, 0) + counts[loss.count]
         sums.tokens += batch.target_count

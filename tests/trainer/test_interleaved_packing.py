@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interleaved import IMAGE_POSITIONS, Item, Sample, make_sample, rows_by_hand, spelled_documents
+from interleaved_samples import (
+    IMAGE_POSITIONS,
+    Item,
+    Sample,
+    make_sample,
+    rows_by_hand,
+    spelled_documents,
+)
 from weft.models.batch import IGNORED
 from weft.models.errors import DataError
 from weft.trainer.data.config import RepeatFilterConfig

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.errors import DataError, WeftError
+from ...models.modalities import MODALITIES
 from .config import DataConfig, SourceConfig
 from .document_rows import DocumentRows, ShardArrays
-from .interleaved.config import MODALITIES
 from .interleaved.layout import ImageLayout, join_layouts
 from .interleaved.manifest import check_interleaved
 from .interleaved.vocabulary import InterleavedVocabulary, open_interleaved

@@ -29,9 +29,10 @@ from ...models.batch import (
     positions_of,
     targets_of,
 )
+from ...models.modalities import MODALITIES
 from .config import RepeatFilterConfig
 from .document_rows import DocumentRows, ranges
-from .interleaved.config import MODALITIES, InterleavedConfig
+from .interleaved.config import InterleavedConfig
 from .interleaved.layout import ImageLayout
 from .interleaved.vocabulary import InterleavedVocabulary
 from .packing import position_ids

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.errors import DataError
+from ...models.modalities import MODALITIES
 
 __all__ = ["DocumentRows", "Pieces", "ShardArrays", "ranges"]
 
-IMAGE = 1
-"""Number of images among the modalities of prepared data."""
+IMAGE = MODALITIES.index("image")
 
 
 @dataclass(frozen=True)

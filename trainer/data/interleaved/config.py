@@ -6,13 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ....models.modalities import Modality
 from ....models.section import Section
 
-__all__ = ["MODALITIES", "ImageConfig", "InterleavedConfig", "Modality", "SpeechConfig"]
-
-Modality = Literal["text", "image", "speech"]
-MODALITIES: tuple[Modality, ...] = ("text", "image", "speech")
-"""All there are, in the numbering of prepared data. A run has some of them and numbers them by its own list."""
+__all__ = ["ImageConfig", "InterleavedConfig", "SpeechConfig"]
 
 SPECIAL_IDS = ("boi_id", "eoi_id", "bos_speech_id", "eos_speech_id")
 CODEC_KINDS = {"pixels": "latents", "gray-codes": "codes", "vae": "latents", "vq": "codes"}

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ....models.errors import DataError
+from ....models.modalities import MODALITIES
 from ..vocabulary import open_vocabulary
-from .config import MODALITIES, InterleavedConfig
+from .config import InterleavedConfig
 from .layout import LatentStatistics
 from .vocabulary import InterleavedVocabulary
 

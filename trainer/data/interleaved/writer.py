@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....models.errors import DataError
+from ....models.modalities import MODALITIES
 from ..hashed_file import HashedFile, write_hashed
 from ..repeats import find_repetitive_rows
 from ..shard_writer import Found, UnitJob, key_of
@@ -22,7 +23,7 @@ from ..sources import Unit
 from ..vocabulary import open_vocabulary
 from .builtin import open_builtin
 from .codecs import ImageCodec, open_codec
-from .config import MODALITIES, ImageConfig, InterleavedConfig
+from .config import ImageConfig, InterleavedConfig
 from .documents import InterleavedDocument, Part, read_interleaved
 from .images import fit_image
 from .layout import LatentStatistics, image_grid
