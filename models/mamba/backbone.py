@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ...kernels import Routing, restore_with_bias
 from ...kernels.faces import autocast_dtype
 from ..batch import PackedBatch
-from ..multimodal import network
+from ..multimodal.generation import GenerativeBackbone
 from ..multimodal.routed import RoutedLinear, RoutedRMSNorm
+from .cache import KVCache
 from .config import Config
-from .context import Context, PackedContext
+from .context import CachedContext, Context, PackedContext
 from .sequence_parallel import SequenceGroup, ShardedContext
 
 __all__ = ["SSM", "Backbone", "Block", "CausalConv"]
@@ -109,7 +110,7 @@ class Block(nn.Module):
         return projected[:, : self.rank], projected[:, self.rank :]
 
 
-class Backbone(network.Backbone):
+class Backbone(GenerativeBackbone):
     """The blocks and the final norm, which modalities share.
 
     Attributes:
@@ -129,6 +130,12 @@ class Backbone(network.Backbone):
         if self.sequence_group is not None:
             return ShardedContext(batch.position_ids, batch.rows, self.sequence_group)
         return PackedContext(batch.position_ids, batch.rows)
+
+    def cached_context(
+        self, cache: KVCache, length: int, new_lengths: Tensor | None, *, is_image: bool = False
+    ) -> CachedContext:
+        """See `GenerativeBackbone`; patches are scanned in their order, as in training."""
+        return CachedContext(cache, length, new_lengths)
 
     def forward(self, x: Tensor, routing: Routing, context: Context) -> Tensor:
         """Rows (T, d) sorted by modality, through all blocks and the norm, in the type of the products."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..generation import GenerationCache
+from ..multimodal.generation import InterleavedCache
 from .config import Config
 
 __all__ = ["NO_ID", "KVCache", "Snapshot"]
@@ -34,7 +34,7 @@ class Snapshot:
     pending: dict[int, tuple[int, ...]]
 
 
-class KVCache(GenerationCache):
+class KVCache(InterleavedCache):
     """State of B sequences under generation, with E inner channels, N states and W taps.
 
     Attributes:
@@ -64,9 +64,9 @@ class KVCache(GenerationCache):
         self.modality = torch.zeros(batch_size, capacity, dtype=torch.uint8, device=device)
         self.pending: dict[int, tuple[int, ...]] = {}
 
-    def note(self, modality: Tensor, counts: Tensor) -> None:
-        """Count new positions: `modality` (B, t) uint8 of them, `counts` (B,) how many are real."""
-        length = modality.shape[1]
+    def note(self, length: int, counts: Tensor, modality: Tensor | None = None) -> None:
+        if modality is None:
+            modality = self.modality.new_full((len(counts), length), NO_ID)
         places = self.lengths[:, None] + torch.arange(length, device=modality.device)
         # What is past a sequence's end is written over when that is reached.
         inside = places.clamp(max=self.capacity - 1)

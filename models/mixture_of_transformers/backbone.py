@@ -20,16 +20,18 @@ from ...kernels import (
     apply_rotary,
     attention_problem,
     mixed_attention,
+    qk_norm_rope_unpermute,
     rms_norm,
     rotary_frequencies,
     rotary_table,
-    routed_attention,
 )
 from ...kernels.faces import autocast_dtype
 from ..batch import IMAGE_SPANS, PackedBatch
 from ..errors import ConfigError
-from ..multimodal.network import Backbone
+from ..multimodal.generation import GenerativeBackbone
 from ..multimodal.routed import RoutedLinear, RoutedRMSNorm, only_modality, touch
+from ..transformer.cache import LayerCache
+from .cache import KVCache
 from .config import Config
 
 __all__ = ["Block", "Context", "RoutedTransformer"]
@@ -41,8 +43,47 @@ class Context:
     Not a dataclass: FSDP2 rebuilds dataclasses among a block's arguments.
     """
 
-    def __init__(self, layout: PackedLayout, rotary: RotaryTable) -> None:
-        self.layout, self.rotary = layout, rotary
+    def __init__(self, layout: PackedLayout, rotary: RotaryTable, backend: str) -> None:
+        self.layout, self.rotary, self.backend = layout, rotary, backend
+
+    def of_layer(self, layer: int) -> Context:
+        """The context of one block."""
+        return self
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (T, H, hd), k and v (T, K, hd) in the order of positions to (T, H, hd)."""
+        return mixed_attention(q, k, v, self.layout, self.backend)
+
+
+class CachedContext(Context):
+    """New positions (B t) of sequences of a cache, laid end to end, after what each has seen.
+
+    Args:
+        positions: (B, t) int64, of the new ones.
+        sees_all: each of a sequence's new positions sees all of them.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        positions: Tensor,
+        rotary: RotaryTable,
+        *,
+        sees_all: bool,
+        layer: int = 0,
+    ) -> None:
+        self.cache, self.positions, self.rotary = cache, positions, rotary
+        self.sees_all, self.layer = sees_all, layer
+
+    def of_layer(self, layer: int) -> CachedContext:
+        place = (self.cache, self.positions, self.rotary)
+        return CachedContext(*place, sees_all=self.sees_all, layer=layer)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        last = self.positions[:, -1:] if self.sees_all else None
+        layer = LayerCache(self.cache, self.layer, self.positions, last_seen=last)
+        q, k, v = (x.unflatten(0, self.positions.shape) for x in (q, k, v))
+        return layer.attend(q, k, v).flatten(0, 1)
 
 
 class Attention(nn.Module):
@@ -78,19 +119,17 @@ class Attention(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, routing: Routing, context: Context
     ) -> Tensor:
-        q, k, v = self._heads(q), self._heads(k), self._heads(v)
-        return routed_attention(
-            q,
-            k,
-            v,
+        q, k, v = qk_norm_rope_unpermute(
+            self._heads(q),
+            self._heads(k),
+            self._heads(v),
             routing,
-            context.layout,
-            table=context.rotary,
+            context.rotary,
             q_weights=None if self.q_norm is None else self.q_norm.weights,
             k_weights=None if self.k_norm is None else self.k_norm.weights,
             eps=self.config.norm_eps,
-            backend=self.config.attention,
         )
+        return routing.permute(context.attend(q, k, v))
 
     def _attend_plainly(
         self, q: Tensor, k: Tensor, v: Tensor, only: int, context: Context
@@ -103,7 +142,7 @@ class Attention(nn.Module):
         if norm == "head":
             q, k = _normalise(self.q_norm, q, only), _normalise(self.k_norm, k, only)
         q, k = apply_rotary(q, context.rotary), apply_rotary(k, context.rotary)
-        return mixed_attention(q, k, v, context.layout, self.config.attention)
+        return context.attend(q, k, v)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.config.head_width))
@@ -154,7 +193,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x, routing), routing)
 
 
-class RoutedTransformer(Backbone):
+class RoutedTransformer(GenerativeBackbone):
     """Blocks and the final norm."""
 
     def __init__(self, config: Config) -> None:
@@ -169,7 +208,17 @@ class RoutedTransformer(Backbone):
         """Layout and angles."""
         layout = self._layout(batch)
         layout.prepare(self.config.attention)
-        return Context(layout, self._rotary(batch.position_ids))
+        return Context(layout, self._rotary(batch.position_ids), self.config.attention)
+
+    def cached_context(
+        self, cache: KVCache, length: int, new_lengths: Tensor | None, *, is_image: bool = False
+    ) -> CachedContext:
+        """See `GenerativeBackbone`."""
+        places = torch.arange(length, device=cache.lengths.device)
+        positions = cache.lengths[:, None] + places
+        sees_all = is_image and self.config.image_attention == "bidirectional"
+        rotary = self._rotary(positions.flatten())
+        return CachedContext(cache, positions, rotary, sees_all=sees_all)
 
     def forward(self, x: Tensor, routing: Routing, context: Context) -> Tensor:
         """See `Backbone.forward`.
@@ -178,8 +227,8 @@ class RoutedTransformer(Backbone):
             ConfigError: the configured attention does not run on this device and type.
         """
         self._check_attention(x)
-        for block in self.blocks:
-            x = block(x, routing, context)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, routing, context.of_layer(layer))
         return self.norm(x, routing)
 
     def _layout(self, batch: PackedBatch) -> PackedLayout:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..batch import IMAGES, positions_of
+from ..multimodal.generation import GenerativeModel
 from ..multimodal.task import MultimodalTask
 from ..task import BaseWeights, InitSpec, ParameterGroup
 from .backbone import RoutedTransformer
@@ -30,6 +31,9 @@ class MixtureOfTransformersTask(MultimodalTask):
 
     def build_backbone(self) -> RoutedTransformer:
         return RoutedTransformer(self.config)
+
+    def build_model(self) -> GenerativeModel:
+        return GenerativeModel(self.config, self.build_backbone())
 
     def backbone_init(self, name: str) -> InitSpec:
         if "norm.weight" in name:

@@ -79,6 +79,7 @@ class LayerCache:
         window: positions that each one sees, itself among them; None is all before it.
         rows: (B,) int64, which sequences of the cache these are; None is all of them.
         first_seen: (B, t) int64, the first position that each one may see; None is 0.
+        last_seen: (B, t) or (B, 1) int64, the last one; None is itself.
         oldest: host integer, no position before it is seen by any.
     """
 
@@ -91,8 +92,10 @@ class LayerCache:
         rows: Tensor | None = None,
         first_seen: Tensor | None = None,
         oldest: int = 0,
+        last_seen: Tensor | None = None,
     ) -> None:
         self.cache, self.layer, self.positions = cache, layer, positions
+        self.last_seen = positions if last_seen is None else last_seen
         self.window, self.rows = window, rows
         self.first_seen, self.oldest = first_seen, oldest
 
@@ -107,7 +110,7 @@ class LayerCache:
             keys, values = keys.repeat_interleave(groups, 2), values.repeat_interleave(groups, 2)
         places = torch.arange(self.oldest, self.cache.used, device=q.device)
         own = self.positions[:, None, :, None]
-        mask = places <= own
+        mask = places <= self.last_seen[:, None, :, None]
         if self.window is not None:
             mask &= places > own - self.window
         if self.first_seen is not None:
