@@ -28,6 +28,7 @@ Examples:
 """
 
 NOISES = ("all", "drop", "repeat", "upper", "random-case", "antspeak")
+PARTS = "denoising"
 COLUMNS = ("source", "loss", "perplexity", "bits/byte", "tokens", "bytes")
 NOISE_COLUMNS = (
     "noise",
@@ -196,8 +197,26 @@ def _print_report(run: str, report: dict[str, Any]) -> None:
         rows.append(_row("total", report["total"]))
     title = f"{run}, step {report['step']:,}"
     print_table(title, COLUMNS, rows, right=range(1, len(COLUMNS)))
+    _print_parts(report)
     for name, value in report.get("baselines", {}).items():
         click.echo(f"{name}: {value:.4f} bits/byte on the same documents, all in one file")
+
+
+def _print_parts(report: dict[str, Any]) -> None:
+    """Losses by modality and by noise level, of models that have them."""
+    names = [name for name in report["total"] if name.startswith(PARTS) or name.endswith("_loss")]
+    names = [name for name in names if name != "z_loss"]
+    if not names:
+        return
+    parts = dict(report["sources"])
+    if len(parts) > 1:
+        parts["total"] = report["total"]
+    rows = [
+        (source, *(f"{scores[name]:.4f}" if name in scores else "-" for name in names))
+        for source, scores in parts.items()
+    ]
+    titles = [name.removesuffix("_loss").replace("_", " ") for name in names]
+    print_table("By part", ("source", *titles), rows, right=range(1, len(titles) + 1))
 
 
 def _row(name: str, scores: dict[str, Any]) -> tuple[str, ...]:

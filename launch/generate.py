@@ -27,6 +27,8 @@ Examples:
   weft generate runs/quickstart --prompt-file start.py --stop $'\\n\\n' --json
   echo 'class A' | weft generate runs/quickstart --prompt-file -
   weft generate runs/blt --prompt 'import os' --show-patches
+  weft generate runs/digits --prompt three --prompt seven --image --guidance 1.5
+  weft generate runs/digits --from-image three.png
 """
 
 
@@ -93,6 +95,47 @@ Examples:
     default=None,
     help="Print one sample while it is made; by default on a terminal.",
 )
+@click.option("--image", is_flag=True, help="Make an image after each prompt.")
+@click.option("--speech", is_flag=True, help="Make speech codes after each prompt.")
+@click.option(
+    "--interleaved",
+    is_flag=True,
+    help="Let the model open images and speech by itself; the default without a picture.",
+)
+@click.option(
+    "--from-image",
+    "from_images",
+    multiple=True,
+    metavar="FILE",
+    help="Begin with this picture and write what follows; may be repeated.",
+)
+@click.option(
+    "--guidance",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="Classifier-free guidance of images; 1 is none.",
+)
+@click.option(
+    "--image-steps",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    help="Noise levels a continuous image passes.",
+)
+@click.option(
+    "--eta",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Noise on the way: 0 is DDIM, 1 DDPM.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="PNG",
+    help="Where the grid of images goes; RUN/samples/step_N.png by default.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a sample.")
 def command(
     run: str,
@@ -109,10 +152,51 @@ def command(
     step: int | None,
     show_patches: bool,
     stream: bool | None,
+    image: bool,
+    speech: bool,
+    interleaved: bool,
+    from_images: tuple[str, ...],
+    guidance: float,
+    image_steps: int,
+    eta: float,
+    out: Path | None,
     as_json: bool,
 ) -> None:
-    """Continue texts with the newest weights of RUN. Without a prompt, documents are made up from nothing."""
+    """Continue texts with the newest weights of RUN. Without a prompt, documents are made up from nothing.
+
+    Runs on interleaved data also make images and speech, and read pictures.
+    """
     folder = run_folder(run)
+    is_interleaved = _is_interleaved(folder, overrides)
+    if is_interleaved or image or speech or interleaved or from_images:
+        from .generate_interleaved import Request, make_samples
+
+        if not is_interleaved:
+            raise ConfigError(
+                f"{folder} was trained on plain text; --image, --speech, --interleaved and --from-image need data.interleaved"
+            )
+
+        prompts_of_text = [*prompts, *map(_read_prompt, prompt_files)]
+        if top_k is None and top_p == 0.95 and temperature == 0.8 and (image or speech):
+            # Codes are drawn from all there are: cutting the tail of an image's codes makes it flat.
+            temperature, top_p = 1.0, 1.0
+        request = Request(
+            texts=prompts_of_text,
+            pictures=[Path(name) for name in from_images],
+            make=_one_of(image=image, speech=speech, any=interleaved)
+            or ("text" if from_images else "any"),
+            copies=num_samples,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            guidance=guidance,
+            image_steps=image_steps,
+            eta=eta,
+            seed=seed,
+        )
+        make_samples(folder, step, overrides, request, out, as_json=as_json)
+        return
     texts = [*prompts, *map(_read_prompt, prompt_files)] or [""]
     texts = [text for text in texts for _ in range(num_samples)]
     streams = _streams(stream, len(texts), as_json)
@@ -150,6 +234,21 @@ def command(
         _print_completions(texts, completions, vocabulary, show_patches=show_patches)
     if not as_json:
         _print_latent_steps(completions)
+
+
+def _one_of(**chosen: bool) -> str:
+    """The name of the one flag that is set, or nothing."""
+    names = [name for name, is_set in chosen.items() if is_set]
+    if len(names) > 1:
+        raise click.UsageError("--image, --speech and --interleaved exclude each other; give one")
+    return names[0] if names else ""
+
+
+def _is_interleaved(folder: Path, overrides: tuple[str, ...]) -> bool:
+    from ..trainer.configuration.load import load_run_config
+
+    config = load_run_config(folder, ["parallel={}", *overrides]).config
+    return config.data.interleaved is not None
 
 
 def _streams(wanted: bool | None, samples: int, as_json: bool) -> bool:

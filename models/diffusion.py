@@ -98,13 +98,17 @@ class Diffusion:
         return signal * noise - spread * x0
 
     def split(
-        self, predicted: Tensor, x_t: Tensor, t: Tensor, limit: float | None = None
+        self,
+        predicted: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        bounds: tuple[float, float] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(x_0, eps) that a prediction stands for.
 
         Args:
-            limit: x_0 is cut to [-limit, limit] and eps follows from it. At the highest noise level x_0 is a quotient by
-                5e-5 of what epsilon leaves over, so sampling with `epsilon` needs one.
+            bounds: x_0 is cut to them and eps follows from it. At the highest noise level x_0 is a quotient by 5e-5 of what
+                epsilon leaves over, so sampling with `epsilon` needs them.
         """
         signal, spread = self.scales(t, x_t)
         if self.prediction == "v":
@@ -112,8 +116,8 @@ class Diffusion:
             eps = spread * x_t + signal * predicted
         else:
             x0, eps = (x_t - spread * predicted) / signal, predicted
-        if limit is not None:
-            x0 = x0.clamp(-limit, limit)
+        if bounds is not None:
+            x0 = x0.clamp(*bounds)
             eps = (x_t - signal * x0) / spread
         return x0, eps
 

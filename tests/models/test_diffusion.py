@@ -42,7 +42,7 @@ def test_a_perfect_prediction_gives_back_image_and_noise(schedule: str, predicti
     back, eps = diffusion.split(diffusion.target(x0, noise, t), x_t, t)
     torch.testing.assert_close(back, x0, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(eps, noise, rtol=1e-8, atol=1e-8)
-    cut, eps = diffusion.split(diffusion.target(x0, noise, t), x_t, t, limit=0.5)
+    cut, eps = diffusion.split(diffusion.target(x0, noise, t), x_t, t, bounds=(-0.5, 0.5))
     assert cut.abs().max() <= 0.5
     torch.testing.assert_close(diffusion.noised(cut, eps, t), x_t)
 
