@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from hypothesis import strategies as st
-from weft.trainer.data.document_packing import DocumentAssembler, RowOf
+from weft.trainer.data.document_order import RowOf
+from weft.trainer.data.document_packing import DocumentAssembler
 from weft.trainer.data.document_rows import DocumentRows, ShardArrays
 from weft.trainer.data.interleaved.config import InterleavedConfig
 from weft.trainer.data.interleaved.layout import ImageLayout

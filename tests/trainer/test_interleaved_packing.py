@@ -19,7 +19,8 @@ from interleaved_samples import (
 from weft.models.batch import IGNORED
 from weft.models.errors import DataError
 from weft.trainer.data.config import RepeatFilterConfig
-from weft.trainer.data.document_packing import DocumentAssembler, RowOf
+from weft.trainer.data.document_order import RowOf
+from weft.trainer.data.document_packing import DocumentAssembler
 from weft.trainer.data.document_rows import DocumentRows, ShardArrays
 from weft.trainer.data.vocabulary import ByteVocabulary
 

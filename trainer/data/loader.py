@@ -24,12 +24,11 @@ from ...models.errors import ConfigError
 from ...models.task import Task
 from .balance import deal_rows, rank_balance
 from .dataset import Dataset, Source
-from .document_packing import DocumentAssembler, RowOf
+from .document_order import RowOf
 from .document_rows import DocumentRows
 from .order import Located
-from .packing import RowAssembler, Rows
-from .patches import BitStream
-from .stream import TokenStream
+from .packers import document_assembler, open_packer, stream_assembler, stream_of
+from .packing import Rows
 
 __all__ = ["HeldOutBatches", "PackedLoader", "StepBatch", "held_out_batches", "next_start"]
 
@@ -109,7 +108,7 @@ class PackedLoader:
         self.order = data.order(seed)
         self._task = task
         self._patches = [source.train_patches for source in data.sources]
-        self._packer = _packer(data, seed)
+        self._packer = open_packer(data, seed)
         self._batch_rows = batch_rows
         self._data_rank, self._data_ranks = data_rank, data_ranks
         self._pin_memory = pin_memory
@@ -277,114 +276,6 @@ def next_start(sample: int, rows: int, leave_out: Sequence[tuple[int, int]]) -> 
     return sample
 
 
-class _StreamPacker:
-    """Packs rows that are cut from streams."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._streams = [_stream(source.train) for source in dataset.sources]
-        self._patches = [source.train_patches for source in dataset.sources]
-        self._length = dataset.sequence_length
-        self._assembler = _assembler(dataset, is_training=True)
-
-    def pack(
-        self, samples: list[int], sources: NDArray[np.int64], sequences: NDArray[np.int64]
-    ) -> PackedBatch:
-        ids, borders = _gather(self._streams, sources, sequences, self._length)
-        bits = _gather_patches(self._patches, sources, sequences, self._length)
-        rows = Rows(ids, borders, tuple(samples), tuple(sources.tolist()), bits)
-        return self._assembler.pack(rows)
-
-
-class _DocumentPacker:
-    """Packs rows of whole documents."""
-
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self._rows = [_document_rows(source.train) for source in dataset.sources]
-        self._assembler = _document_assembler(dataset, seed)
-
-    def pack(
-        self, samples: list[int], sources: NDArray[np.int64], sequences: NDArray[np.int64]
-    ) -> PackedBatch:
-        wanted = zip(samples, sources.tolist(), sequences.tolist(), strict=True)
-        return self._assembler.pack(
-            [RowOf(sample, j, self._rows[j], sequence) for sample, j, sequence in wanted]
-        )
-
-
-def _packer(dataset: Dataset, seed: int) -> _StreamPacker | _DocumentPacker:
-    if dataset.config.packs_documents:
-        return _DocumentPacker(dataset, seed)
-    return _StreamPacker(dataset)
-
-
-def _stream(rows: TokenStream | DocumentRows) -> TokenStream:
-    assert isinstance(rows, TokenStream)
-    return rows
-
-
-def _document_rows(rows: TokenStream | DocumentRows) -> DocumentRows:
-    assert isinstance(rows, DocumentRows)
-    return rows
-
-
-def _assembler(dataset: Dataset, *, is_training: bool) -> RowAssembler:
-    settings = dataset.config.repeat_filter
-    return RowAssembler(
-        dataset.vocabulary.eos_id,
-        dataset.vocabulary.token_byte_lengths(),
-        settings if is_training and settings.enabled else None,
-    )
-
-
-def _document_assembler(dataset: Dataset, seed: int | None) -> DocumentAssembler:
-    """With a seed for training, without one for evaluation."""
-    settings = dataset.config.repeat_filter
-    return DocumentAssembler(
-        dataset.vocabulary,
-        dataset.sequence_length,
-        dataset.config.interleaved,
-        dataset.images,
-        settings if seed is not None and settings.enabled else None,
-        seed,
-    )
-
-
-def _gather(
-    streams: list[TokenStream],
-    sources: NDArray[np.int64],
-    sequences: NDArray[np.int64],
-    length: int,
-) -> tuple[NDArray[Any], list[tuple[int, int]]]:
-    """(R, length + 1) ids of sequences of several streams, and the borders of pieces inside
-    them.
-    """
-    used = np.unique(sources).tolist()
-    ids = np.empty((len(sources), length + 1), np.result_type(*(streams[j].dtype for j in used)))
-    borders: list[tuple[int, int]] = []
-    for j in used:
-        rows = np.flatnonzero(sources == j)
-        starts = sequences[rows] * length
-        borders.extend(streams[j].read_rows(ids, rows.tolist(), starts.tolist()))
-    return ids, borders
-
-
-def _gather_patches(
-    streams: Sequence[BitStream | None],
-    sources: NDArray[np.int64],
-    sequences: NDArray[np.int64],
-    length: int,
-) -> NDArray[np.bool_] | None:
-    """(R, length) stored patch starts of the same rows; None where a source has none."""
-    found = [
-        stream.read(sequence * length, length)
-        for stream, sequence in zip(
-            (streams[j] for j in sources.tolist()), sequences.tolist(), strict=True
-        )
-        if stream is not None
-    ]
-    return np.stack(found) if len(found) == len(sources) else None
-
-
 class HeldOutBatches:
     """The held-out documents of one source as batches; every rank gives the same number of them.
 
@@ -411,13 +302,13 @@ class HeldOutBatches:
         self._micro_rows, self._rank, self._ranks = micro_batch_rows, data_rank, data_ranks
         self._tail = 0
         if isinstance(self._held_out, DocumentRows):
-            self._documents = _document_assembler(dataset, None)
+            self._documents = document_assembler(dataset, None)
             self._rows = self._held_out.sequences
             if max_tokens is not None:
                 self._rows = min(self._rows, max(1, max_tokens // self._length))
             return
         self._patches = source.held_out_patches
-        self._assembler = _assembler(dataset, is_training=False)
+        self._assembler = stream_assembler(dataset, is_training=False)
         tokens = self._held_out.tokens
         self._rows = self._held_out.sequences(self._length)
         self._tail = max(0, tokens - 1 - self._rows * self._length)
@@ -450,7 +341,7 @@ class HeldOutBatches:
         )
 
     def _batch(self, rows: list[int], length: int, *, ignore_all: bool) -> PackedBatch:
-        stream = _stream(self._held_out)
+        stream = stream_of(self._held_out)
         ids = np.empty((len(rows), length + 1), stream.dtype)
         starts = [row * self._length for row in rows]
         borders = stream.read_rows(ids, range(len(rows)), starts)
