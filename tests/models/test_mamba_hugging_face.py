@@ -195,7 +195,7 @@ def test_a_mixture_is_exported_as_a_dense_model_for_each_modality(
         ({"intermediate_size": 100}, "intermediate_size=100; only expand"),
         ({"hidden_size": None}, "does not say hidden_size"),
         ({"conv_kernel": 7}, "cannot be imported: d_conv"),
-        ({"model_type": "mamba3"}, "only blt, llama, mamba and olmo2"),
+        ({"model_type": "mamba3"}, "only blt, llama, llava, llava_next, mamba and olmo2"),
         ({"model_type": None, "ssm_cfg": {"layer": "Mamba2"}}, "layer='Mamba2'; only Mamba1"),
         ({"model_type": None, "ssm_cfg": {}, "rms_norm": False}, "rms_norm=False; only True"),
         ({"model_type": None, "ssm_cfg": {"d_inner": 3}}, "d_inner=3; only Mamba1"),
