@@ -34,16 +34,23 @@ def row_sparse_adam_(
         step: () number of this update, from 1, on the device.
         keep: () 1 to update, 0 to leave everything to the bit as it is.
     """
+    if keep.device.type == "cpu" and not keep:
+        # Free to ask here, and it saves choosing row by row below.
+        return
     beta1, beta2 = betas
-    old_avg, old_sq = exp_avg[rows], exp_avg_sq[rows]
+    # Not `weight[rows]`: on the CPU it takes many times as long.
+    current, old_avg, old_sq = (t.index_select(0, rows) for t in (weight, exp_avg, exp_avg_sq))
     new_avg = torch.lerp(old_avg, gradient, 1 - beta1)
     new_sq = (old_sq * beta2).addcmul_(gradient, gradient, value=1 - beta2)
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     # The correction of the second moment is outside the root's epsilon, as torch.optim.SparseAdam has it.
-    update = new_avg / (new_sq.sqrt() + eps) * (lr * correction2.sqrt() / correction1)
-    # `where`, not a product with zero: a gradient that is not finite must leave no trace.
-    is_kept = keep > 0
-    exp_avg[rows] = torch.where(is_kept, new_avg, old_avg)
-    exp_avg_sq[rows] = torch.where(is_kept, new_sq, old_sq)
-    current = weight[rows]
-    weight[rows] = torch.where(is_kept, current - update, current)
+    update = new_avg / new_sq.sqrt().add_(eps)
+    updated = current - update.mul_(lr * correction2.sqrt() / correction1)
+    if keep.device.type != "cpu":
+        # `where`, not a product with zero: a gradient that is not finite must leave no trace.
+        is_kept = keep > 0
+        new_avg = torch.where(is_kept, new_avg, old_avg)
+        new_sq = torch.where(is_kept, new_sq, old_sq)
+        updated = torch.where(is_kept, updated, current)
+    for whole, part in ((weight, updated), (exp_avg, new_avg), (exp_avg_sq, new_sq)):
+        whole.index_copy_(0, rows, part)
