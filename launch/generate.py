@@ -288,18 +288,11 @@ def _read_prompt(name: str) -> str:
         raise DataError(f"--prompt-file {name} cannot be read as text: {error}") from error
 
 
-def _marked(completion: Completion, vocabulary: Vocabulary) -> str:
-    from ..trainer.generated_text import text_with_borders
-    from ..trainer.generation import decode_prefix
-
-    length = len(decode_prefix(vocabulary, completion.prompt_ids)) + len(completion.text)
-    ids = [*completion.prompt_ids, *completion.token_ids]
-    return text_with_borders(vocabulary, ids, completion.patch_starts or [], length)
-
-
 def _print_json(
     texts: list[str], completions: list[Completion], vocabulary: Vocabulary, *, show_patches: bool
 ) -> None:
+    from ..trainer.generated_text import completion_with_borders
+
     for text, completion in zip(texts, completions, strict=True):
         fields: dict[str, Any] = {
             "prompt": text,
@@ -311,7 +304,7 @@ def _print_json(
             fields["latent_steps"] = completion.latent_steps
             fields["latent_steps_per_byte"] = completion.latent_steps / max(1, len(completion.token_ids))  # fmt: skip
         if show_patches:
-            fields["patches"] = _marked(completion, vocabulary)
+            fields["patches"] = completion_with_borders(completion, vocabulary)
             fields["patch_starts"] = completion.patch_starts
         click.echo(json.dumps(fields, ensure_ascii=False))
 
@@ -319,11 +312,13 @@ def _print_json(
 def _print_completions(
     texts: list[str], completions: list[Completion], vocabulary: Vocabulary, *, show_patches: bool
 ) -> None:
+    from ..trainer.generated_text import completion_with_borders
+
     for number, (text, completion) in enumerate(zip(texts, completions, strict=True), 1):
         if len(texts) > 1:
             click.secho(f"--- {number} of {len(texts)} ({completion.finish_reason})", dim=True)
         if show_patches:
-            click.echo(_marked(completion, vocabulary))
+            click.echo(completion_with_borders(completion, vocabulary))
         else:
             click.echo(f"{click.style(text, bold=True)}{completion.text}")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,65 +20,120 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-RECIPE = "olmo2/quickstart"
+ENTROPY_RECIPE, RECIPE, BYTES_RECIPE = (
+    "blt/quickstart-entropy",
+    "blt/quickstart",
+    "olmo2/quickstart",
+)
+ENTROPY_KEYS = "entropy."
+SHARED_KEYS = ("data.", "run.")
 PROMPT = 'class Reader:\n    """'
 EXAMPLES = """\b
 Examples:
   weft quickstart
-  weft quickstart train.steps=200 run.dir=runs/short
+  weft quickstart --compare
+  weft quickstart train.steps=200 entropy.train.steps=60 run.dir=runs/short
 """
 
 
 @click.command(epilog=EXAMPLES)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def command(overrides: tuple[str, ...]) -> int:
-    """Train a small byte-level OLMo 2 on the Python standard library, and show what came of it.
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="Also train the byte-level transformer of olmo2/quickstart, and draw both over FLOPs: about twice the time.",
+)
+def command(overrides: tuple[str, ...], compare: bool) -> int:
+    """Train a small Byte Latent Transformer on the Python standard library, and show what came of it.
 
-    Minutes on two CPU cores. KEY=VALUE pairs override the recipe olmo2/quickstart.
+    Minutes on two CPU cores: an entropy model first, which decides where patches of bytes start, then the BLT. KEY=VALUE
+    pairs override the recipe blt/quickstart; entropy.KEY=VALUE overrides blt/quickstart-entropy, and keys of data and run
+    hold for every model.
     """
     begin = time.monotonic()
-    chosen = (
-        [] if any(o.startswith("run.dir=") for o in overrides) else [f"run.dir={_free_folder()}"]
-    )
-    config = load_recipe(RECIPE, [*chosen, *overrides]).config
-    run_dir = config.run_dir
-    click.echo(
-        f"1/4  training {RECIPE} for {config.train.steps} steps on this machine's Python standard library"
-    )
-    from ..trainer.train import train
+    steps = _Steps(5 + compare)
+    run_dir = _folder(overrides)
+    entropy_dir, bytes_dir = _beside(run_dir, "entropy"), _beside(run_dir, "bytes")
+    own = [o for o in overrides if not o.startswith((ENTROPY_KEYS, "run.dir="))]
+    shared = [o for o in own if o.startswith(SHARED_KEYS)]
+    chosen = [o.removeprefix(ENTROPY_KEYS) for o in overrides if o.startswith(ENTROPY_KEYS)]
+    entropy = _config(ENTROPY_RECIPE, entropy_dir, [*shared, *chosen])
+    config = _config(RECIPE, run_dir, [f"model.patching.entropy_model={entropy_dir}", *own])
+    trained = [(ENTROPY_RECIPE, entropy), (RECIPE, config)]
+    if compare:
+        trained.append((BYTES_RECIPE, _config(BYTES_RECIPE, bytes_dir, shared)))
 
-    code = train(config, run_dir)
-    if code:
-        return code
-    click.echo("2/4  scoring it on files it has not seen")
-    scores, baselines = _score(run_dir, config)
-    click.echo(f"3/4  a sample, continuing {PROMPT!r}")
+    for name, one in trained:
+        steps.tell(f"training {name} for {one.train.steps} steps on this machine's Python standard library")  # fmt: skip
+        code = _train(one)
+        if code:
+            return code
+    steps.tell("scoring on files that were held out")
+    scores, baselines = _score(run_dir, bytes_dir if compare else None)
+    steps.tell(f"a sample, continuing {PROMPT!r}, with a | where a patch starts")
     sample = _sample(run_dir)
-    click.echo("4/4  drawing the curves")
-    from ..trainer.metrics.plot import plot_run
-
-    plot = plot_run(run_dir, baselines=baselines)
-    _report(run_dir, plot, scores, baselines, sample, time.monotonic() - begin)
+    steps.tell("drawing the curves")
+    plot = _plot(run_dir, bytes_dir if compare else None, baselines)
+    _print_sample(sample)
+    _print_scores(scores, baselines)
+    _print_patches(run_dir, entropy_dir)
+    if compare:
+        _print_comparison(run_dir, bytes_dir)
+    _print_folders(run_dir, plot, time.monotonic() - begin)
     return 0
 
 
-def _free_folder() -> Path:
+class _Steps:
+    """Says which of how many steps begins."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+
+    def tell(self, what: str) -> None:
+        self.done += 1
+        click.echo(f"{self.done}/{self.total}  {what}")
+
+
+def _folder(overrides: Sequence[str]) -> Path:
+    """The run folder that is asked for, or the first of its kind that is free, together with those beside it."""
+    for override in overrides:
+        if override.startswith("run.dir="):
+            return Path(override.partition("=")[2])
     folder, number = Path("runs/quickstart"), 1
-    while folder.exists():
+    while any(p.exists() for p in (folder, _beside(folder, "entropy"), _beside(folder, "bytes"))):
         number += 1
         folder = Path(f"runs/quickstart-{number}")
     return folder
 
 
-def _score(run_dir: Path, config: TrainingConfig) -> tuple[dict[str, Any], dict[str, float]]:
+def _beside(run_dir: Path, what: str) -> Path:
+    return run_dir.with_name(f"{run_dir.name}-{what}")
+
+
+def _config(recipe: str, run_dir: Path, overrides: Sequence[str]) -> TrainingConfig:
+    return load_recipe(recipe, [*overrides, f"run.dir={run_dir}"]).config
+
+
+def _train(config: TrainingConfig) -> int:
+    from ..trainer.train import train
+
+    return train(config, config.run_dir)
+
+
+def _score(run_dir: Path, bytes_dir: Path | None) -> tuple[dict[str, Any], dict[str, float]]:
+    """Held-out scores by model, and what compressors make of the same bytes."""
     from ..trainer.run_evaluation import evaluate_run
 
     report = evaluate_run(run_dir, with_baselines=True)
-    return report["total"], report["baselines"]
+    scores = {RECIPE: report["total"]}
+    if bytes_dir is not None:
+        scores[BYTES_RECIPE] = evaluate_run(bytes_dir)["total"]
+    return scores, report["baselines"]
 
 
 def _sample(run_dir: Path) -> str:
     from ..trainer.data.vocabulary import open_vocabulary
+    from ..trainer.generated_text import completion_with_borders
     from ..trainer.generation import generate
     from ..trainer.trained import open_trained
 
@@ -87,31 +143,70 @@ def _sample(run_dir: Path) -> str:
         (completion,) = generate(
             network, vocabulary, [PROMPT], max_new_tokens=240, temperature=0.9, top_p=0.95, seed=1
         )
-    return PROMPT + completion.text
+    return completion_with_borders(completion, vocabulary)
 
 
-def _report(
-    run_dir: Path,
-    plot: Path,
-    scores: dict[str, Any],
-    baselines: dict[str, float],
-    sample: str,
-    seconds: float,
-) -> None:
+def _plot(run_dir: Path, bytes_dir: Path | None, baselines: dict[str, float]) -> Path:
+    """The run's own curves, and beside another's where there is one."""
+    from ..trainer.metrics.plot import plot_run
+
+    plot = plot_run(run_dir, baselines=baselines)
+    if bytes_dir is None:
+        return plot
+    from ..trainer.compare import compare_runs
+    from ..trainer.metrics.compare_plot import plot_comparison
+
+    return plot_comparison(compare_runs([run_dir, bytes_dir]), plot.with_name("compare.png"))
+
+
+def _print_sample(sample: str) -> None:
+    click.echo("\n" + "\n".join(f"    {line}" for line in sample.splitlines()) + "\n")
+
+
+def _print_scores(scores: dict[str, Any], baselines: dict[str, float]) -> None:
     from .options import print_table
 
-    click.echo("\n" + "\n".join(f"    | {line}" for line in sample.splitlines()) + "\n")
-    ours = scores["bits_per_byte"]
-    rows = [
-        ["this model", f"{ours:.3f}"],
-        *([name, f"{value:.3f}"] for name, value in baselines.items()),
-    ]
+    ours = scores[RECIPE]
+    values = {name: score["bits_per_byte"] for name, score in scores.items()} | baselines
+    rows = [[name, f"{value:.3f}"] for name, value in values.items()]
     print_table(
-        f"bits per byte on {scores['bytes']:,} held-out bytes", ["", "bits/byte"], rows, right=(1,)
+        f"bits per byte on {ours['bytes']:,} held-out bytes", ["", "bits/byte"], rows, right=(1,)
     )
-    beaten = [name for name, value in baselines.items() if ours < value]
+    beaten = [name for name, value in values.items() if ours["bits_per_byte"] < value]
     if beaten:
-        click.echo(f"The model beats {' and '.join(beaten)}.")
+        click.echo(f"{RECIPE} beats {' and '.join(beaten)}.")
+
+
+def _print_patches(run_dir: Path, entropy_dir: Path) -> None:
+    """What patches and their entropy model came to, from the records."""
+    from ..trainer.compare import read_run
+
+    run, entropy = read_run(run_dir), read_run(entropy_dir)
+    shares = [r["entropy_model_share"] for r in run.records if "entropy_model_share" in r]
+    share = sum(shares) / len(shares) if shares else 0.0
+    click.echo(
+        f"Patches of {run.patch_size:.1f} bytes on average. The entropy model was trained in {entropy.seconds[-1]:.0f} s and took "
+        f"{share:.0%} of the time of the BLT's steps, which were {run.seconds[-1]:.0f} s."
+    )
+
+
+def _print_comparison(run_dir: Path, bytes_dir: Path) -> None:
+    """Whether the BLT got to the byte-level transformer's last training loss, and at what cost."""
+    from ..trainer.compare import compare_runs
+
+    for against, what in (("training-flops", "training FLOPs"), ("seconds", "training time")):
+        match = compare_runs([run_dir, bytes_dir], against=against).matches[0]
+        if match.ratio is None:
+            click.echo(
+                f"{RECIPE} did not get to the last training loss of {BYTES_RECIPE}, {match.value:.3f} bits per byte."
+            )
+            return
+        click.echo(
+            f"{RECIPE} had the last training loss of {BYTES_RECIPE}, {match.value:.3f} bits per byte, at {match.ratio:.2f} of its {what}."
+        )
+
+
+def _print_folders(run_dir: Path, plot: Path, seconds: float) -> None:
     click.echo(f"\nDone in {seconds / 60:.1f} minutes. Everything is in {run_dir}/:")
     for name, what in (
         ("config.yaml", "the complete configuration"),
@@ -120,18 +215,23 @@ def _report(
         (str(plot.relative_to(run_dir)), "the curves"),
     ):
         click.echo(f"  {name:<18} {what}")
-    click.echo("\nTry next:")
-    typed = shlex.quote(str(run_dir))
+    typed, entropy, beside = (
+        shlex.quote(str(p))
+        for p in (run_dir, _beside(run_dir, "entropy"), _beside(run_dir, "bytes"))
+    )
+    click.echo(f"The entropy model is in {_beside(run_dir, 'entropy')}/.\n\nTry next:")
     for line, what in (
         (f"weft train --resume {typed} train.steps=4000", "go on with it"),
-        (f"weft generate {typed} --prompt 'import os' --temperature 0.8", "more samples"),
-        ("weft debug seam olmo2/debug", "kill a run, resume it, compare every bit"),
-        ("weft train olmo2/quickstart run.dir=runs/wider model.d_model=192", "change it"),
-        ("weft plan olmo2/7b --gpus 64", "what a real size needs"),
+        (f"weft generate {typed} --prompt 'import os' --show-patches", "more samples"),
+        (f"weft data patches {typed} --text 400", "its patches"),
+        (f"weft train olmo2/quickstart run.dir={beside}", "a transformer over bytes, same data"),
+        (f"weft compare {typed} {beside} --plot compare.png", "the two at equal FLOPs"),
         (
-            "torchrun --nproc-per-node 2 -m weft train olmo2/quickstart run.dir=runs/two",
-            "on several processes or GPUs",
+            f"weft train blt/quickstart run.dir=runs/wider model.patching.entropy_model={entropy} model.latent.d_model=384",
+            "change it",
         ),
-        ("weft submit olmo2/1b --nodes 4 --gpus-per-node 8 --dry-run", "submit it to a cluster"),
+        ("weft debug seam olmo2/debug", "kill a run, resume it, compare every bit"),
+        ("weft plan blt/1b --gpus 64", "what a real size needs"),
+        ("weft submit blt/1b --nodes 4 --gpus-per-node 8 --dry-run", "submit it to a cluster"),
     ):
-        click.echo(f"  {line:<76} {what}")
+        click.echo(f"  {line}\n      {what}")

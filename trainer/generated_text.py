@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from .data.vocabulary import Vocabulary
 from .generation import Completion, GenerationState, decode_prefix
 
-__all__ = ["BORDER", "TextStream", "text_with_borders"]
+__all__ = ["BORDER", "TextStream", "completion_with_borders", "text_with_borders"]
 
 BORDER = "|"
 
@@ -37,6 +37,13 @@ def text_with_borders(
         parts.append(part)
         shown += len(part)
     return "".join(parts)
+
+
+def completion_with_borders(completion: Completion, vocabulary: Vocabulary) -> str:
+    """Prompt and generated text of a model with patches, with a sign before each patch."""
+    length = len(decode_prefix(vocabulary, completion.prompt_ids)) + len(completion.text)
+    ids = [*completion.prompt_ids, *completion.token_ids]
+    return text_with_borders(vocabulary, ids, completion.patch_starts or [], length)
 
 
 class TextStream:

@@ -19,17 +19,27 @@ from weft.launch import cli, quickstart
 from weft.trainer.checkpoint.reading import find_checkpoint
 
 STEPS = 30
-SMALL = [
-    "model.n_layers=1",
-    "model.d_model=32",
-    "model.d_ff=64",
-    "model.ngram.rows=1024",
+EVERY_MODEL = [
     "data.sequence_length=64",
     "data.held_out.documents=2",
-    "train.batch_tokens=512",
-    "checkpoint.every=15",
     "run.threads=1",
     "run.device=cpu",
+]
+SMALL = [
+    "model.encoder.d_model=32",
+    "model.encoder.d_ff=64",
+    "model.decoder.d_model=32",
+    "model.decoder.d_ff=64",
+    "model.latent.n_layers=1",
+    "model.latent.d_model=64",
+    "model.latent.d_ff=64",
+    "model.ngram.rows=1024",
+    "train.batch_tokens=512",
+    "schedule.warmup_steps=5",
+    "checkpoint.every=15",
+    "entropy.train.steps=20",
+    "entropy.train.batch_tokens=512",
+    *EVERY_MODEL,
 ]
 
 
@@ -55,7 +65,8 @@ def said(folder: Path) -> str:
 
 def test_nothing_is_written_elsewhere(folder: Path, said: str) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["cache", "runs"]
-    assert [p.name for p in (folder / "runs").iterdir()] == ["quickstart"]
+    runs = sorted(p.name for p in (folder / "runs").iterdir())
+    assert runs == ["quickstart", "quickstart-entropy"]
 
 
 def test_the_files_it_names_exist(folder: Path, said: str) -> None:
@@ -89,25 +100,42 @@ def test_the_numbers_shown_are_those_of_the_report(folder: Path, said: str) -> N
     }
     ours = report["total"]["bits_per_byte"]
     assert rows == {
-        "this model": round(ours, 3),
+        "blt/quickstart": round(ours, 3),
         **{name: round(value, 3) for name, value in report["baselines"].items()},
     }
     assert set(report["baselines"]) == {"gzip -9", "xz -9"}
     assert f"on {report['total']['bytes']:,} held-out bytes" in said
     # Thirty steps of a tiny model beat no compressor, but they beat guessing among 256 bytes.
     assert max(report["baselines"].values()) < ours < 8
-    assert "The model beats" not in said
+    assert "beats" not in said
+
+
+def test_the_time_of_the_entropy_model_is_told(folder: Path, said: str) -> None:
+    found = re.search(
+        r"^Patches of ([\d.]+) bytes on average. The entropy model was trained in (\d+) s and took (\d+)% of",
+        said,
+        re.MULTILINE,
+    )
+    assert found is not None
+    lines = (folder / "runs" / "quickstart" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines if '"patch_size"' in line]
+    per_byte = sum(1 / record["patch_size"] for record in records) / len(records)
+    assert float(found[1]) == round(1 / per_byte, 1)
+    shares = [record["entropy_model_share"] for record in records]
+    assert int(found[3]) == round(100 * sum(shares) / len(shares))
 
 
 def test_the_sample_continues_the_prompt(said: str) -> None:
-    shown = [line.removeprefix("    | ") for line in said.splitlines() if line[:6] == "    | "]
-    assert "\n".join(shown).startswith(quickstart.PROMPT)
-    assert len("".join(shown)) > len(quickstart.PROMPT) + 20
+    shown = said.partition("drawing the curves\n\n")[2].partition("\n\nbits per byte")[0]
+    text = "\n".join(line.removeprefix("    ") for line in shown.splitlines())
+    assert text.replace("|", "").startswith(quickstart.PROMPT)
+    assert len(text) > len(quickstart.PROMPT) + 20
+    assert "|" in text
 
 
 def suggestions(said: str) -> list[str]:
     lines = said.partition("\nTry next:\n")[2].splitlines()
-    return [re.split(r" {2,}", line.strip())[0] for line in lines]
+    return [line.strip() for line in lines if re.match("  [^ ]", line)]
 
 
 def weft_arguments(line: str) -> list[str]:
@@ -142,7 +170,7 @@ def test_what_to_try_next_can_be_typed(
 ) -> None:
     monkeypatch.chdir(folder)
     lines = suggestions(said)
-    assert len(lines) == 7
+    assert len(lines) == 9
     for line in lines:
         arguments = weft_arguments(line)
         parse(arguments)
@@ -161,31 +189,43 @@ def test_what_to_try_next_can_be_typed(
             parse(wrong)
 
 
-def test_the_next_one_takes_the_next_free_folder(
+def test_the_next_one_takes_the_next_free_folder_and_compares(
     folder: Path, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("WEFT_CACHE", str(folder / "cache"))
-    first = folder / "runs" / "quickstart"
-    before = sorted((str(p), p.stat().st_mtime_ns) for p in first.rglob("*"))
-    (folder / "runs" / "quickstart-2").mkdir()
-    settings = ["train.steps=2", "schedule.warmup_steps=1", *SMALL]
-    result = CliRunner().invoke(quickstart.command, settings, standalone_mode=False)
+    monkeypatch.setattr(quickstart, "BYTES_RECIPE", "olmo2/debug")
+    runs = folder / "runs"
+    before = sorted((str(p), p.stat().st_mtime_ns) for p in runs.rglob("*"))
+    (runs / "quickstart-2-entropy").mkdir()
+    settings = ["train.steps=12", *SMALL]
+    result = CliRunner().invoke(quickstart.command, ["--compare", *settings], standalone_mode=False)
     assert result.exception is None, result.output
     assert result.return_value == 0
     assert "Everything is in runs/quickstart-3/:" in result.output
-    assert find_checkpoint(folder / "runs" / "quickstart-3") is not None
-    assert list((folder / "runs" / "quickstart-2").iterdir()) == []
-    assert sorted((str(p), p.stat().st_mtime_ns) for p in first.rglob("*")) == before
+    for name in ("quickstart-3", "quickstart-3-entropy", "quickstart-3-bytes"):
+        assert find_checkpoint(runs / name) is not None
+    assert list((runs / "quickstart-2-entropy").iterdir()) == []
+    after = sorted((str(p), p.stat().st_mtime_ns) for p in runs.rglob("*"))
+    assert [item for item in after if "/quickstart-" not in item[0] and item[0] != str(runs)] == [
+        item for item in before if "/quickstart-" not in item[0] and item[0] != str(runs)
+    ]
     assert "weft train --resume runs/quickstart-3 " in result.output
+    assert re.search(r"^ olmo2/debug +\d+\.\d{3} $", result.output, re.MULTILINE)
+    assert "the last training loss of olmo2/debug, " in result.output
+    with Image.open(runs / "quickstart-3" / "plots" / "compare.png") as picture:
+        assert picture.format == "PNG"
 
 
 def test_a_folder_of_ones_own_can_be_typed_too(capsys: pytest.CaptureFixture[str]) -> None:
     run = Path("my runs") / "it's"
-    scores = {"bits_per_byte": 1.0, "bytes": 10}
-    quickstart._report(run, run / "plots" / "loss.png", scores, {"gzip -9": 2.0}, "x", 60.0)
+    quickstart._print_scores(
+        {"blt/quickstart": {"bits_per_byte": 1.0, "bytes": 10}}, {"gzip -9": 2.0}
+    )
+    quickstart._print_folders(run, run / "plots" / "loss.png", 60.0)
     said = capsys.readouterr().out
-    assert "The model beats gzip -9." in said
+    assert "blt/quickstart beats gzip -9." in said
     named = [weft_arguments(line) for line in suggestions(said)]
     assert ["train", "--resume", str(run), "train.steps=4000"] in named
     assert named[1][:2] == ["generate", str(run)]
+    assert ["compare", str(run), f"{run}-bytes", "--plot", "compare.png"] in named

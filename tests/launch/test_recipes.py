@@ -60,6 +60,7 @@ def test_all_recipes_are_there() -> None:
     sizes = {"debug", "quickstart", "190m", "1b", "7b", "13b", "32b"}
     blt = {"debug", "400m", "1b", "2b", "4b", "8b", "8b-from-llama"}
     blt |= {"entropy-debug", "entropy-100m", "bpe-470m", "bpe-3.6b"}
+    blt |= {"quickstart", "quickstart-entropy"}
     assert set(NAMES) == {
         *(f"olmo2/{size}" for size in sizes),
         *(f"blt/{name}" for name in blt),
@@ -107,12 +108,8 @@ def test_published_settings(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "olmo2/debug",
-        "olmo2/quickstart",
-        "llama3/debug",
-        "blt/debug",
-        "blt/entropy-debug",
-        "mamba/debug",
+        *("olmo2/debug", "olmo2/quickstart", "llama3/debug", "blt/debug", "blt/entropy-debug"),
+        *("blt/quickstart-entropy", "mamba/debug"),
     ],
 )
 def test_small_recipes_need_nothing_but_the_install(name: str) -> None:
@@ -121,10 +118,17 @@ def test_small_recipes_need_nothing_but_the_install(name: str) -> None:
     assert [source.path for source in config.data.sources] == ["builtin:python-stdlib"]
 
 
-def test_quickstart_hashes_byte_ngrams() -> None:
-    ngram = load("olmo2/quickstart").model.ngram
-    assert ngram is not None
-    assert (ngram.sizes, ngram.rows) == ((2, 3, 4, 5, 6, 7), 65_536)
+def test_the_quickstarts_differ_in_the_model_alone() -> None:
+    blt, entropy, plain = map(
+        load, ("blt/quickstart", "blt/quickstart-entropy", "olmo2/quickstart")
+    )
+    assert blt.model.patching.entropy == entropy.model
+    for ngram in (blt.model.ngram, plain.model.ngram):
+        assert ngram is not None
+        assert (ngram.sizes, ngram.rows) == ((2, 3, 4, 5, 6, 7), 65_536)
+    held_out = {"sources", "vocabulary", "held_out", "repeat_filter"}
+    for other in (entropy, plain):
+        assert other.data.model_dump(include=held_out) == blt.data.model_dump(include=held_out)
 
 
 @pytest.mark.parametrize("name", ["400m", "1b", "2b", "4b", "8b", "8b-from-llama"])
