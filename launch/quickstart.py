@@ -75,10 +75,8 @@ def command(overrides: tuple[str, ...], compare: bool) -> int:
     steps.tell("drawing the curves")
     plot = _plot(run_dir, bytes_dir if compare else None, baselines)
     _print_sample(sample)
-    _print_scores(scores, baselines)
+    _print_scores(scores, baselines, {RECIPE: run_dir, BYTES_RECIPE: bytes_dir})
     _print_patches(run_dir, entropy_dir)
-    if compare:
-        _print_comparison(run_dir, bytes_dir)
     _print_folders(run_dir, plot, time.monotonic() - begin)
     return 0
 
@@ -163,16 +161,25 @@ def _print_sample(sample: str) -> None:
     click.echo("\n" + "\n".join(f"    {line}" for line in sample.splitlines()) + "\n")
 
 
-def _print_scores(scores: dict[str, Any], baselines: dict[str, float]) -> None:
+def _print_scores(
+    scores: dict[str, Any], baselines: dict[str, float], folders: dict[str, Path]
+) -> None:
+    """Held-out results, and what the models' training cost; FLOPs as `weft compare` counts them."""
+    from ..trainer.compare import read_run
     from .options import print_table
 
+    values = {name: score["bits_per_byte"] for name, score in scores.items()}
+    rows = []
+    for name, value in values.items():
+        run = read_run(folders[name])
+        cost = [f"{run.seconds[-1]:.0f}", f"{run.training_flops[-1]:.3g}"]
+        rows.append([name, f"{value:.3f}", *cost])
+    rows += [[name, f"{value:.3f}", "", ""] for name, value in baselines.items()]
+    columns = ["", "bits/byte", "seconds", "training FLOPs"]
     ours = scores[RECIPE]
-    values = {name: score["bits_per_byte"] for name, score in scores.items()} | baselines
-    rows = [[name, f"{value:.3f}"] for name, value in values.items()]
-    print_table(
-        f"bits per byte on {ours['bytes']:,} held-out bytes", ["", "bits/byte"], rows, right=(1,)
-    )
-    beaten = [name for name, value in values.items() if ours["bits_per_byte"] < value]
+    print_table(f"{ours['bytes']:,} held-out bytes", columns, rows, right=(1, 2, 3))
+    others = [(name, value) for name, value in (values | baselines).items() if name != RECIPE]
+    beaten = [name for name, value in others if ours["bits_per_byte"] < value]
     if beaten:
         click.echo(f"{RECIPE} beats {' and '.join(beaten)}.")
 
@@ -188,22 +195,6 @@ def _print_patches(run_dir: Path, entropy_dir: Path) -> None:
         f"Patches of {run.patch_size:.1f} bytes on average. The entropy model was trained in {entropy.seconds[-1]:.0f} s and took "
         f"{share:.0%} of the time of the BLT's steps, which were {run.seconds[-1]:.0f} s."
     )
-
-
-def _print_comparison(run_dir: Path, bytes_dir: Path) -> None:
-    """Whether the BLT got to the byte-level transformer's last training loss, and at what cost."""
-    from ..trainer.compare import compare_runs
-
-    for against, what in (("training-flops", "training FLOPs"), ("seconds", "training time")):
-        match = compare_runs([run_dir, bytes_dir], against=against).matches[0]
-        if match.ratio is None:
-            click.echo(
-                f"{RECIPE} did not get to the last training loss of {BYTES_RECIPE}, {match.value:.3f} bits per byte."
-            )
-            return
-        click.echo(
-            f"{RECIPE} had the last training loss of {BYTES_RECIPE}, {match.value:.3f} bits per byte, at {match.ratio:.2f} of its {what}."
-        )
 
 
 def _print_folders(run_dir: Path, plot: Path, seconds: float) -> None:
