@@ -27,6 +27,8 @@ ENTROPY_RECIPE, RECIPE, BYTES_RECIPE = (
 )
 ENTROPY_KEYS = "entropy."
 SHARED_KEYS = ("data.", "run.")
+SMOOTHED_OVER = 150
+"""Steps: of four documents each, their losses would cross by chance."""
 PROMPT = 'class Reader:\n    """'
 EXAMPLES = """\b
 Examples:
@@ -154,7 +156,8 @@ def _plot(run_dir: Path, bytes_dir: Path | None, baselines: dict[str, float]) ->
     from ..trainer.compare import compare_runs
     from ..trainer.metrics.compare_plot import plot_comparison
 
-    return plot_comparison(compare_runs([run_dir, bytes_dir]), plot.with_name("compare.png"))
+    found = compare_runs([run_dir, bytes_dir], window=SMOOTHED_OVER)
+    return plot_comparison(found, plot.with_name("compare.png"))
 
 
 def _print_sample(sample: str) -> None:
