@@ -118,11 +118,15 @@ def export(
             overwrite=overwrite,
             progress=progress,
         )
+    folders = sorted({str(Path(file).parent) for file in made.files})
     files = made.files[0] if len(made.files) == 1 else f"{len(made.files)} files and an index"
+    if len(folders) > 1:
+        files = f"a folder each for {' and '.join(folders)}"
     click.echo(
         f"{folder}: {made.parameters:,} parameters of {made.checkpoint} as {dtype}, in {files}"
     )
-    click.echo(f'next: AutoModelForCausalLM.from_pretrained("{folder}")')
+    for part in folders:
+        click.echo(f'next: AutoModelForCausalLM.from_pretrained("{folder / part}")')
 
 
 @command.command(
