@@ -10,6 +10,20 @@ from weft.trainer.configuration.schema import TrainingConfig
 
 NAMES = list_recipes(RECIPES)
 
+# Billions that a position meets, and in all but the stem.
+MIXTURES = {
+    "transfusion-163m": (0.1624, 0.2757),
+    "transfusion-760m": (0.7779, 1.4578),
+    "transfusion-1.4b": (1.3643, 2.5981),
+    "transfusion-7b": (6.738, 13.215),
+    "chameleon-443m": (0.4425, 0.7509),
+    "chameleon-1.5b": (1.5017, 2.7349),
+    "chameleon-7b": (7.013, 13.489),
+    "speech-443m": (0.4425, 1.0592),
+    "speech-1.5b": (1.5017, 3.9681),
+    "speech-7b": (7.013, 19.966),
+}
+
 # OLMo 2 (arXiv 2501.00656) and its released configurations.
 PARAMETERS = {
     "olmo2/1b": 1_484_916_736,
@@ -67,7 +81,35 @@ def test_all_recipes_are_there() -> None:
         *(f"mamba/{size}" for size in ("debug", "130m", "370m", "790m", "1.4b", "2.8b")),
         "llama3/debug",
         "llama3/8b",
+        *(f"mixture-of-transformers/{name}" for name in MIXTURES),
+        *(f"lmfusion/{name}" for name in ("8b", "8b-ablation", "llava-next-8b")),
     }
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_of_transformers_have_the_published_sizes(name: str) -> None:
+    config = load(f"mixture-of-transformers/{name}")
+    met, total = MIXTURES[name]
+    assert sum(config.model.dense.count_parameters().values()) / 1e9 == pytest.approx(met, abs=5e-4)
+    counts = config.model.count_parameters()
+    own = sum(counts.values()) - counts.get("image_stem", 0)
+    assert own / 1e9 == pytest.approx(total, abs=5e-3)
+    assert config.model.modalities == config.data.interleaved.modalities
+    assert (config.optimizer.betas, config.optimizer.weight_decay) == ((0.9, 0.95), 0.1)
+
+
+@pytest.mark.parametrize("name", ["8b", "8b-ablation", "llava-next-8b"])
+def test_lmfusion_has_the_papers_settings(name: str) -> None:
+    config = load(f"lmfusion/{name}")
+    assert (config.optimizer.lr, config.schedule.warmup_steps) == (1e-4, 4000)
+    assert config.optimizer.lr * config.schedule.final_fraction == pytest.approx(1.5e-5)
+    assert config.data.sequence_length == 4096
+    interleaved = config.data.interleaved
+    assert config.model.special_ids == (interleaved.boi_id, interleaved.eoi_id)
+    assert not interleaved.score_boi
+    tokens = config.train.steps * config.train.batch_tokens
+    assert tokens == pytest.approx(0.25e12 if name != "8b-ablation" else 62.5e9, rel=0.05)
+    assert config.model.base.freeze
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -94,6 +94,18 @@ def _vocabulary_fits(config: TrainingConfig) -> Iterator[str]:
     if config.data.vocabulary != "bytes" or size is None:
         return
     needed = BYTE_VOCABULARY_SIZE + (interleaved.added_ids if interleaved else 0)
+    special = getattr(config.model, "special_ids", ())
+    if interleaved and special and size == BYTE_VOCABULARY_SIZE:
+        # Around a base whose tables are as they are: all that text has not must have an embedding in the table beside them.
+        codes = interleaved.image_codes + interleaved.speech_codes
+        used = {"image": (0, 1), "speech": (2, 3)}
+        opening = [size + place for m in interleaved.modalities[1:] for place in used[m]]
+        if codes or not set(opening) <= set(special):
+            yield (
+                f"model.special_ids: [{', '.join(map(str, special))}] are not the ids that open and close what is no text; "
+                f"set model.special_ids='[{', '.join(map(str, opening))}]'"
+            )
+        return
     if size < needed:
         extended = " with data.interleaved" if interleaved else ""
         yield (
