@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ..batch import IMAGES, positions_of
 from ..multimodal.task import MultimodalTask
 from ..task import BaseWeights, InitSpec, ParameterGroup
 from .backbone import SSM, Backbone
@@ -62,13 +63,27 @@ class MambaTask(MultimodalTask):
         return InitSpec("uniform", std=std)
 
     def parameter_groups(self, networks: Mapping[str, nn.Module]) -> list[ParameterGroup]:
-        decays: dict[bool, list[str]] = {True: [], False: []}
+        """Split by decay, and by what a step must have for them to be updated: positions of their modality, or images."""
+        members: dict[tuple[str, bool], list[str]] = {}
         for name, _ in networks["model"].named_parameters():
-            decays[self._decays(name)].append(f"model/{name}")
+            key = (self._owner(name), self._decays(name))
+            members.setdefault(key, []).append(f"model/{name}")
         return [
-            ParameterGroup("decay", tuple(decays[True])),
-            ParameterGroup("no_decay", tuple(decays[False]), weight_decay=False),
+            ParameterGroup(
+                "_".join(part for part in ("decay" if decays else "no_decay", owner) if part),
+                tuple(names),
+                weight_decay=decays,
+                needs=IMAGES if owner == "stem" else positions_of(owner) if owner else None,
+            )
+            for (owner, decays), names in members.items()
         ]
+
+    def _owner(self, name: str) -> str:
+        """The modality whose own a parameter is, `stem`, or nothing for what all share."""
+        if name.startswith("stem."):
+            return "stem"
+        last = name.rpartition(".")[2]
+        return last if last in self.config.modalities else ""
 
     def _decays(self, name: str) -> bool:
         if name == EMBEDDING:

@@ -231,12 +231,18 @@ def test_start_values() -> None:
 
 def test_what_decays_is_told_by_name() -> None:
     task = build_task(Config(**TINY, modalities=THREE[:2]))
-    decay, none = task.parameter_groups(task.build_networks())
-    assert (decay.weight_decay, none.weight_decay) == (True, False)
+    groups = task.parameter_groups(task.build_networks())
+    assert {(g.name, g.weight_decay, g.needs) for g in groups} == {
+        ("decay", True, None),
+        ("no_decay", False, None),
+        ("decay_text", True, "text_positions"),
+        ("no_decay_text", False, "text_positions"),
+        ("decay_image", True, "image_positions"),
+        ("no_decay_image", False, "image_positions"),
+    }
+    undecayed = [name for g in groups if not g.weight_decay for name in g.parameters]
     kinds = {
-        name.rpartition("blocks.")[2].partition(".")[2]
-        for name in none.parameters
-        if "blocks" in name
+        name.rpartition("blocks.")[2].partition(".")[2] for name in undecayed if "blocks" in name
     }
     assert kinds == {
         "norm.weight",
@@ -247,9 +253,9 @@ def test_what_decays_is_told_by_name() -> None:
         "ssm.dt_bias.text",
         "ssm.dt_bias.image",
     }
-    outside = {name for name in none.parameters if "blocks" not in name}
+    outside = {name for name in undecayed if "blocks" not in name}
     assert outside == {"model/embedding.tokens.weight", "model/backbone.norm.weight"}
-    assert "model/head.weight" in decay.parameters
+    assert "model/head.weight" not in undecayed
     tied = build_task(Config(**TINY, tie_embeddings=True))
     assert (
         "model/embedding.tokens.weight"

@@ -40,7 +40,8 @@ def train(topology: Topology, strategy: str, compute: str) -> dict[str, Any]:
     torch.manual_seed(0)
     rows = [mixed([3, 5], KINDS[i], 8, THREE[:2]) for i in range(2)]
     mine = [rows[i] for i in range(topology.rank, 2, topology.world_size)]
-    counts = {"tokens": sum(row.target_count for row in rows)}
+    each = [engine.task.counts(row) for row in rows]
+    counts = {name: sum(count[name] for count in each) for name in each[0]}
     losses, norms = [], []
     for _ in range(2):
         sums = engine.forward_backward("train", mine, counts)

@@ -56,9 +56,9 @@ def digest(engine: Any) -> dict[str, str]:
 
 def train_on_rank(topology: Topology, name: str, settings: dict[str, Any]) -> list[Any]:
     """Of each step: whether everything of the tower, and anything of the rest, changed, and the tower's step count."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(contract, "build_task", NeedyTask)
-    engine = contract.build(topology, name, settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contract, "build_task", NeedyTask)
+        engine = contract.build(topology, name, settings)
     found = []
     for step, having in enumerate(IMAGES):
         batch = contract.make_batch([step * topology.world_size + topology.rank])

@@ -182,7 +182,8 @@ class TorchEngine(SteppingEngine):
         left_out = {group.name for group in updates.groups if self._is_left_out(group)}
         updates.apply(learning_rate, keep, clip, sparse, left_out)
         if phase in self.averages:
-            self.averages[phase].update(keep)
+            idle = {n for g in updates.groups if g.name in left_out for n in g.parameters}
+            self.averages[phase].update(keep, idle)
         updates.clear_gradients()
         return StepResult(grad_norm, 1.0 - keep)
 

@@ -6,7 +6,7 @@ Plain fp32 ranges beside the weights that a rank holds, so that they are checkpo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -38,16 +38,18 @@ class WeightAverages:
             self.tensors[name].copy_(item.leaf.detach())
 
     @torch.no_grad()
-    def update(self, keep: Tensor) -> None:
+    def update(self, keep: Tensor, left_out: Container[str] = ()) -> None:
         """Take in the weights as a step left them.
 
         Args:
             keep: () 0 where the step was withheld: then nothing happened that could be averaged.
+            left_out: names of parameters that the step did not look at.
         """
-        if not self.tensors:
+        names = [name for name in self.tensors if name not in left_out]
+        if not names:
             return
-        averages = list(self.tensors.values())
-        weights = [item.leaf.detach().float() for item in self.items.values()]
+        averages = [self.tensors[name] for name in names]
+        weights = [self.items[name].leaf.detach().float() for name in names]
         steps = torch._foreach_sub(weights, averages)
         torch._foreach_mul_(steps, keep * (1.0 - self.decay))
         torch._foreach_add_(averages, steps)
