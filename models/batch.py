@@ -10,7 +10,7 @@ their names are the constants here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,6 +127,25 @@ class PackedBatch:
             values[item.name] = change(value) if isinstance(value, Tensor) else value
         values["side"] = {name: change(value) for name, value in self.side.items()}
         return PackedBatch(**values)
+
+    def with_targets(self, targets: Tensor, modalities: Sequence[str]) -> PackedBatch:
+        """The same batch with other targets, counted anew.
+
+        Args:
+            targets: (T,) int64, on the CPU as the batch is.
+            modalities: the run's own, in their order.
+        """
+        is_counted = targets != IGNORED
+        counts = dict(self.host_counts)
+        if TARGET_MODALITY in self.side:
+            kinds = self.side[TARGET_MODALITY]
+            for place, name in enumerate(modalities):
+                counts[targets_of(name)] = int((is_counted & (kinds == place)).sum())
+            after = is_counted & (kinds == 0) & self.side[AFTER_IMAGE]
+            counts[CAPTION_TARGETS] = int(after.sum())
+        return dataclasses.replace(
+            self, targets=targets, target_count=int(is_counted.sum()), host_counts=counts
+        )
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Copy to `device`; asynchronous when the source is pinned."""

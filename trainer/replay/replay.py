@@ -217,14 +217,16 @@ def _train(session: _Session, engine: Engine, plan: StepPlan) -> None:
     counts = session.counts(batches)
     for phase in session.task.phases(plan.step):
         sums = engine.forward_backward(phase, batches, counts)
-        engine.step(phase, plan.learning_rate, _means(sums, counts)["loss"])
+        loss = _means(sums, counts, engine.count_of)["loss"]
+        engine.step(phase, plan.learning_rate, loss)
 
 
-def _means(sums: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Tensor]:
-    """Means under the names of records: the first term is called loss."""
-    names = ["loss", *list(sums)[1:]]
-    totals = zip(names, sums.values(), strict=True)
-    return {name: total / max(1, counts["tokens"]) for name, total in totals}
+def _means(
+    sums: dict[str, Tensor], counts: dict[str, int], count_of: dict[str, str]
+) -> dict[str, Tensor]:
+    """Means under the names of records, each by its own count: the first term is called loss."""
+    means = {name: total / max(1, counts[count_of[name]]) for name, total in sums.items()}
+    return dict(zip(["loss", *list(means)[1:]], means.values(), strict=True))
 
 
 def _replay_streamed(session: _Session, step: int) -> ReplayReport:
@@ -264,7 +266,9 @@ def _measure(
         notes=session.history.notes,
     )
     if options.samples:
-        report.samples = sample_losses(batches, runner.evaluate, session.config.run.seed)
+        report.samples = sample_losses(
+            batches, runner.evaluate, session.config.run.seed, session.data.modalities
+        )
         report.source_names = [source.name for source in session.data.sources]
         report.vocabulary = session.data.vocabulary
     for phase in task.phases(plan.step):
@@ -301,7 +305,7 @@ def _measure_phase(
     visitor = StatisticsVisitor(options.on_failure, options.break_at, options.on_break)
     with visit_modules(runner.networks, visitor):
         sums = runner.forward_backward(phase, batches, counts)
-    means = _means(sums, counts)
+    means = _means(sums, counts, runner.count_of)
     prefix = "" if phase == "train" else f"{phase}/"
     values: dict[str, Any] = {name: float(mean) for name, mean in means.items()}
     if isinstance(runner, StreamedNetworks):

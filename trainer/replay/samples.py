@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +37,7 @@ def sample_losses(
     batches: Sequence[PackedBatch],
     evaluate: Callable[[PackedBatch], LossOutput],
     seed: int,
+    modalities: Sequence[str] = ("text",),
 ) -> list[SampleLoss]:
     """Losses of every row, highest first (a value that is not a number before all).
 
@@ -47,10 +47,11 @@ def sample_losses(
     Args:
         evaluate: losses of a batch without gradients.
         seed: of the run; every forward draws what its micro-batch drew.
+        modalities: of the data.
     """
     found = []
     for batch in batches:
-        for row, part in enumerate(_rows_of(batch)):
+        for row, part in enumerate(_rows_of(batch, modalities)):
             seed_micro_batch(seed, batch.sample_ids[0])
             total = next(iter(evaluate(part).terms.values())).total
             length = batch.row_length
@@ -72,8 +73,9 @@ def _badness(item: SampleLoss) -> tuple[float, int]:
     return (-item.loss if item.loss == item.loss else -float("inf"), item.sample)
 
 
-def _rows_of(batch: PackedBatch) -> Iterator[PackedBatch]:
-    return (_masked(batch, r) if batch.side else _cut(batch, r) for r in range(batch.rows))
+def _rows_of(batch: PackedBatch, modalities: Sequence[str]) -> Iterator[PackedBatch]:
+    for row in range(batch.rows):
+        yield _masked(batch, row, modalities) if batch.side else _cut(batch, row)
 
 
 def _cut(batch: PackedBatch, row: int) -> PackedBatch:
@@ -94,8 +96,8 @@ def _cut(batch: PackedBatch, row: int) -> PackedBatch:
     )
 
 
-def _masked(batch: PackedBatch, row: int) -> PackedBatch:
+def _masked(batch: PackedBatch, row: int, modalities: Sequence[str]) -> PackedBatch:
     part = slice(row * batch.row_length, (row + 1) * batch.row_length)
     targets = torch.full_like(batch.targets, IGNORED)
     targets[part] = batch.targets[part]
-    return dataclasses.replace(batch, targets=targets, target_count=int((targets != IGNORED).sum()))
+    return batch.with_targets(targets, modalities)

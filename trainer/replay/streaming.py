@@ -39,6 +39,7 @@ class StreamedNetworks:
 
     Attributes:
         peak_bytes: the most bytes of weights that were held at a time.
+        count_of: which global count divides each sum that `forward_backward` gave so far.
 
     Raises:
         CheckpointError: a parameter is not in the checkpoint, or has another shape.
@@ -54,6 +55,7 @@ class StreamedNetworks:
         self._places = self._find_places(path)
         self._empty_parameters()
         self.reports: dict[str, ParameterReport] = {}
+        self.count_of: dict[str, str] = {}
         self.peak_bytes = self._held_bytes = 0
         self._gradients = _FileGradients()
         self._is_single = True
@@ -87,6 +89,7 @@ class StreamedNetworks:
                 objective.backward()  # type: ignore[union-attr]
                 self._drop()
                 for name, term in {**output.terms, **output.metrics}.items():
+                    self.count_of[name] = term.count
                     total = term.total.detach().float()
                     sums[name] = sums[name] + total if name in sums else total
             for name in self._gradients.names():
