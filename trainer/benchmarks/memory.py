@@ -76,7 +76,10 @@ def _steps(config: TrainingConfig, topology: Topology) -> Iterator[None]:
         batches = [
             _make_batch(config, first + i, min(micro, rows - i)) for i in range(0, rows, micro)
         ]
-        counts = {"tokens": config.train.batch_tokens}
+        counts = {
+            name: engine.data_ranks * sum(task.counts(batch)[name] for batch in batches)
+            for name in task.counts(batches[0])
+        }
         for phase in task.phases(step + 1):
             engine.forward_backward(phase, batches, counts)
             engine.step(phase, 1e-4)
