@@ -10,13 +10,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from .batch import PackedBatch
+from .errors import ConfigError
 
-__all__ = ["BaseWeights", "InitSpec", "LossOutput", "LossTerm", "ParameterGroup", "Task"]
+__all__ = [
+    "BaseWeights",
+    "InitSpec",
+    "LossOutput",
+    "LossTerm",
+    "ParameterGroup",
+    "RowGroup",
+    "Task",
+]
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,21 @@ class BaseWeights:
 
 
 @dataclass(frozen=True)
+class RowGroup:
+    """The ranks that share every row of their batches, in the order of positions.
+
+    Args:
+        place: of this rank among them.
+        ranks: how many they are.
+        group: a `torch.distributed` process group of them.
+    """
+
+    place: int
+    ranks: int
+    group: Any
+
+
+@dataclass(frozen=True)
 class LossTerm:
     """A sum over this micro-batch, and the global count that will divide it.
 
@@ -156,6 +180,25 @@ class Task(ABC):
             seed: of the run; a fixed one in evaluation.
         """
         return batch
+
+    def cut_rows(
+        self, batch: PackedBatch, networks: Mapping[str, nn.Module], group: RowGroup
+    ) -> PackedBatch:
+        """One rank's stretch of every row, and the networks told that the next forward is on it.
+
+        Args:
+            batch: whole rows, on the CPU.
+            group: the ranks that share them. `Task.whole_rows` undoes it.
+
+        Raises:
+            ConfigError: the family cannot, see `parallel.sequence_ranks`.
+        """
+        raise ConfigError(
+            "this model family cannot cut rows over ranks; set parallel.sequence_ranks=1"
+        )
+
+    def whole_rows(self, networks: Mapping[str, nn.Module]) -> None:  # noqa: B027 - most families know no others
+        """The networks told that the next forward is on whole rows."""
 
     def base_weights(self, networks: Mapping[str, nn.Module]) -> list[BaseWeights]:
         """Parameters that other runs supply."""

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.batch import PackedBatch
 from ..models.errors import CheckpointError, TrainingError
 from ..models.task import Task
 from .checkpoint.manager import CheckpointManager
@@ -162,7 +163,10 @@ def _train_until_stopped(run: Run, stop: StopRequest) -> Stop:
     while state.step < config.train.steps:
         run.supervision.enter("compile" if state.step + 1 == first_step else "step")
         step_batch = _next_batch(run, stop)
-        agreed = _agree(run, step_batch, stop)
+        own = (
+            [run.engine.own_part(batch) for batch in step_batch.micro_batches] if step_batch else []
+        )
+        agreed = _agree(run, step_batch, own, stop)
         if agreed.rollback is not None:
             if config.train.spike == "stop":
                 raise TrainingError(
@@ -175,7 +179,7 @@ def _train_until_stopped(run: Run, stop: StopRequest) -> Stop:
         assert step_batch is not None
         step = state.step + 1
         run.profiler.begin(step)
-        values = _train_step(run, step, step_batch, agreed)
+        values = _train_step(run, step, step_batch, own, agreed)
         _advance(state, run, step_batch)
         lap = clock.lap(step_batch.wait_s)
         accumulator.add(step, {**values, **lap, **_progress_values(state)})
@@ -217,13 +221,20 @@ def _next_batch(run: Run, stop: StopRequest) -> StepBatch | None:
     return run.loader.next_step()
 
 
-def _agree(run: Run, step_batch: StepBatch | None, stop: StopRequest) -> Agreement:
-    """Collective: the step's global counts, a digest of its data, and whether anyone wants to stop, save or go back."""
+def _agree(
+    run: Run, step_batch: StepBatch | None, own: Sequence[PackedBatch], stop: StopRequest
+) -> Agreement:
+    """Collective: the step's global counts, a digest of its data, and whether anyone wants to stop, save or go back.
+
+    Args:
+        own: what this rank runs of the step; counts are taken from it.
+    """
     counts: dict[str, int] = dict.fromkeys(run.count_names, 0)
     digest = target_bytes = 0
-    for batch in step_batch.micro_batches if step_batch else ():
+    for batch in own:
         for name, count in run.task.counts(batch).items():
             counts[name] = counts.get(name, 0) + count
+    for batch in step_batch.micro_batches if step_batch and run.engine.counts_rows else ():
         target_bytes += batch.target_bytes
         # A sum over rows: the same for any split of the step over ranks.
         digest += sum(zlib.crc32(row) for row in batch.tokens.view(batch.rows, -1).numpy())
@@ -307,7 +318,7 @@ def _roll_back(run: Run, verdict: Rollback) -> None:
 
 
 def _train_step(
-    run: Run, step: int, step_batch: StepBatch, agreed: Agreement
+    run: Run, step: int, step_batch: StepBatch, own: Sequence[PackedBatch], agreed: Agreement
 ) -> dict[str, Tensor | float | int]:
     """Collective: every phase's gradient and update; values stay on the device."""
     config = run.config
@@ -317,7 +328,7 @@ def _train_step(
     counts = agreed.counts
     values: dict[str, Tensor | float | int] = {}
     for phase in run.task.phases(step):
-        sums = run.engine.forward_backward(phase, step_batch.micro_batches, counts)
+        sums = run.engine.forward_backward(phase, own, counts)
         if "patches" in sums:
             # Ranks exchange sums alone: how unevenly patches are spread over them is told by their squares.
             sums["patches_squared"] = sums["patches"].square()

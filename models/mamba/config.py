@@ -8,7 +8,7 @@ while convolution, states and recurrence stay common. A named layer is `blocks_p
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,6 +39,8 @@ NO_SPLIT = SplitConfig(in_proj=False, x_proj=False, dt_proj=False, out_proj=Fals
 class Config(MultimodalConfig):
     """A stack of Mamba blocks over packed documents."""
 
+    can_cut_rows: ClassVar[bool] = True
+    """Whether `parallel.sequence_ranks` may be above 1."""
     family: Literal["mamba"] = Field("mamba", description="module under weft.models")
     n_layers: int = Field(24, gt=0, description="layers, as the size is named")
     blocks_per_layer: int = Field(

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..batch import IMAGES, positions_of
+from ..batch import IMAGES, PackedBatch, positions_of
 from ..multimodal.task import MultimodalTask
-from ..task import BaseWeights, InitSpec, ParameterGroup
+from ..task import BaseWeights, InitSpec, ParameterGroup, RowGroup
 from .backbone import SSM, Backbone
 from .config import Config
 from .model import Mamba
+from .sequence_parallel import SequenceGroup, cut_batch, even_lengths
 
 __all__ = ["MambaTask", "build_task"]
 
@@ -95,6 +96,21 @@ class MambaTask(MultimodalTask):
 
     def wide_modules(self, networks: Mapping[str, nn.Module]) -> list[nn.Module]:
         return [m for m in networks["model"].modules() if isinstance(m, SSM)]
+
+    def cut_rows(
+        self, batch: PackedBatch, networks: Mapping[str, nn.Module], group: RowGroup
+    ) -> PackedBatch:
+        lengths = even_lengths(batch.row_length, group.ranks)
+        self._backbone(networks).sequence_group = SequenceGroup(lengths, group.group)
+        return cut_batch(batch, lengths, group.place, self.config.modalities)
+
+    def whole_rows(self, networks: Mapping[str, nn.Module]) -> None:
+        self._backbone(networks).sequence_group = None
+
+    def _backbone(self, networks: Mapping[str, nn.Module]) -> Backbone:
+        model = networks["model"]
+        assert isinstance(model, Mamba)
+        return model.backbone  # type: ignore[return-value]
 
     def base_weights(self, networks: Mapping[str, nn.Module]) -> list[BaseWeights]:
         """The dense run that every modality starts from, where one is named."""

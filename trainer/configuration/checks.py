@@ -7,7 +7,7 @@ where one of its keys has failed already.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...models.errors import ConfigError
 
@@ -162,6 +162,24 @@ def _strategy_of_engine(config: TrainingConfig) -> Iterator[str]:
         yield "parallel.compile: DeepSpeed's hooks do not go with it; set parallel.compile=false, or parallel.engine=torch"
 
 
+def _rows_can_be_cut(config: TrainingConfig) -> Iterator[str]:
+    if config.parallel.sequence_ranks == 1:
+        return
+    model: Any = config.model
+    if config.parallel.engine != "torch":
+        yield (
+            f"parallel.sequence_ranks: engine {config.parallel.engine} gives every rank rows of its own; set "
+            "parallel.engine=torch, or parallel.sequence_ranks=1"
+        )
+    if not getattr(model, "can_cut_rows", False):
+        yield "parallel.sequence_ranks: only family mamba passes states from rank to rank; set parallel.sequence_ranks=1"
+    elif model.image is not None:
+        yield (
+            "parallel.sequence_ranks: continuous images stand or fall as a whole; set parallel.sequence_ranks=1, or "
+            "take images as codes"
+        )
+
+
 def _averages_of_engine(config: TrainingConfig) -> Iterator[str]:
     engine = config.parallel.engine
     if config.optimizer.ema_decay is not None and engine != "torch":
@@ -200,6 +218,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("parallel",), _mesh_only_for_hsdp),
     (("parallel",), _strategy_of_engine),
     (("optimizer", "parallel"), _averages_of_engine),
+    (("parallel.sequence_ranks", "model"), _rows_can_be_cut),
     (("optimizer",), _skip_step_can_apply),
     (("checkpoint", "eval"), _best_can_be_told),
 )
@@ -211,9 +230,20 @@ def check_against_world(config: TrainingConfig, world_size: int) -> None:
     Raises:
         ConfigError: the batch or the mesh does not divide; all that is wrong, one a line.
     """
-    found = [*_batch_over_ranks(config, world_size), *_mesh_over_ranks(config, world_size)]
+    found = [*_sequence_over_ranks(config, world_size), *_mesh_over_ranks(config, world_size)]
+    if not found:
+        found = list(_batch_over_ranks(config, world_size // config.parallel.sequence_ranks))
     if found:
         raise ConfigError("\n".join(found))
+
+
+def _sequence_over_ranks(config: TrainingConfig, world_size: int) -> Iterator[str]:
+    ranks = config.parallel.sequence_ranks
+    if world_size % ranks:
+        yield (
+            f"parallel.sequence_ranks: {world_size} ranks do not divide into groups of {ranks} that share rows; set it "
+            f"to a divisor of {world_size}"
+        )
 
 
 def _batch_over_ranks(config: TrainingConfig, world_size: int) -> Iterator[str]:

@@ -28,6 +28,11 @@ class ParallelConfig(Section):
     replicate_ranks: int | None = Field(
         None, gt=0, description="hsdp: number of copies of the weights"
     )
+    sequence_ranks: int = Field(
+        1,
+        gt=0,
+        description="ranks that share every row, each with a stretch of it, for long sequences (engine torch, family mamba)",
+    )
     reduce_gradients: Literal["last", "each"] = Field(
         "last",
         description="fsdp, hsdp: after the last micro-batch only, which keeps whole gradients on every rank till then, or after each, which communicates more and keeps a part",

@@ -75,6 +75,15 @@ class Engine(ABC):
     def data_ranks(self) -> int:
         """How many ranks see different data."""
 
+    @property
+    def counts_rows(self) -> bool:
+        """Whether this rank counts what belongs to whole rows: of the ranks that share rows, the first does."""
+        return True
+
+    def own_part(self, batch: PackedBatch) -> PackedBatch:
+        """This rank's part of a micro-batch: its stretch of every row where ranks share rows, else the batch."""
+        return batch
+
     @abstractmethod
     def forward_backward(
         self, phase: str, micro_batches: Sequence[PackedBatch], counts: Mapping[str, int]

@@ -50,12 +50,12 @@ class SteppingEngine(Engine):
             on_device = batch.to(self.topology.device)
             with self._autocast():
                 output = self.task.losses(self._called_networks(), on_device, phase)
-            # Gradients are averaged over the data ranks; counts are global, so the sum is wanted. What nobody has is divided by
+            # Gradients are averaged over all ranks; counts are global, so the sum is wanted. What nobody has is divided by
             # one: its zero loss stays zero.
             objective = sum(
                 t.weight * t.total.float() / (counts[t.count] or 1) for t in output.terms.values()
             )
-            self._backward(objective * self.data_ranks)
+            self._backward(objective * self.topology.world_size)
             for name, term in {**output.terms, **output.metrics}.items():
                 self.count_of[name] = term.count
                 total = term.total.detach().float()
@@ -96,7 +96,7 @@ class SteppingEngine(Engine):
         return keep, clip
 
     def sum_over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.data_ranks == 1 or not values:
+        if self.topology.world_size == 1 or not values:
             return dict(values)
         packed = torch.stack([v.detach() for v in values.values()])
         dist.all_reduce(packed)

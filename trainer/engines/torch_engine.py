@@ -21,7 +21,7 @@ from ... import kernels  # noqa: F401 - registers the ops named in `_KEPT`
 from ...models.batch import PackedBatch
 from ...models.errors import ConfigError
 from ...models.initialise import fill_range
-from ...models.task import LossOutput, Task
+from ...models.task import LossOutput, RowGroup, Task
 from ..distributed import Topology
 from ..optimization.averages import WeightAverages
 from ..optimization.config import OptimizerConfig
@@ -61,6 +61,7 @@ class TorchEngine(SteppingEngine):
         self.count_of: dict[str, str] = {}
         self._withheld: dict[str, tuple[tuple[str, ...], Tensor]] = {}
         self.strategy = pick_strategy(parallel, topology)
+        self._rows = _row_group(parallel.sequence_ranks, topology) if trains else None
         with torch.device("meta"):
             self.networks = task.build_networks()
         self.groups = task.parameter_groups(self.networks)
@@ -166,6 +167,22 @@ class TorchEngine(SteppingEngine):
 
     # Training
 
+    @property
+    def data_rank(self) -> int:
+        return self.topology.rank // self._rows.ranks if self._rows else self.topology.rank
+
+    @property
+    def data_ranks(self) -> int:
+        ranks = self.topology.world_size
+        return ranks // self._rows.ranks if self._rows else ranks
+
+    @property
+    def counts_rows(self) -> bool:
+        return self._rows is None or self._rows.place == 0
+
+    def own_part(self, batch: PackedBatch) -> PackedBatch:
+        return batch if self._rows is None else self.task.cut_rows(batch, self.networks, self._rows)
+
     def _called_networks(self) -> Mapping[str, nn.Module]:
         return self.networks
 
@@ -207,8 +224,8 @@ class TorchEngine(SteppingEngine):
             if self._group_of[name].phase != phase:
                 continue
             gradient = parameter.grad
-            if self.data_ranks > 1:
-                gradient = _gather_sparse(gradient, parameter, self.data_ranks)
+            if self.topology.world_size > 1:
+                gradient = _gather_sparse(gradient, parameter, self.topology.world_size)
             if gradient is not None:
                 gradients[name] = gradient.coalesce()
         return gradients
@@ -249,6 +266,9 @@ class TorchEngine(SteppingEngine):
 
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch) -> LossOutput:
+        if self._rows is not None:
+            # Every rank of a group has the whole row here; the next step cuts again.
+            self.task.whole_rows(self.networks)
         with self._autocast():
             return self.task.losses(self.networks, batch.to(self.topology.device))
 
@@ -302,6 +322,19 @@ class TorchEngine(SteppingEngine):
     def load_scalar_state(self, state: Mapping[str, Any]) -> None:
         for phase, updates in self.updates.items():
             updates.set_step_counts(state["updates"].get(phase, {}))
+
+
+def _row_group(ranks: int, topology: Topology) -> RowGroup | None:
+    """Collective: this rank's group of neighbours that share rows; None where each has its own."""
+    if ranks == 1:
+        return None
+    mine = None
+    for first in range(0, topology.world_size, ranks):
+        # Every rank has to take part in making every group.
+        group = dist.new_group(list(range(first, first + ranks)))
+        if first <= topology.rank < first + ranks:
+            mine = group
+    return RowGroup(topology.rank % ranks, ranks, mine)
 
 
 def _gather_sparse(gradient: Tensor | None, parameter: Tensor, ranks: int) -> Tensor | None:

@@ -115,7 +115,8 @@ class RunHistory:
             first = int(record["first_sample"])
             rows = int(record.get("last_sample", first + rows - 1)) - first + 1
             self._note_contradictions(step, rows)
-        ranks = self._world_size(step)
+        # Ranks that share rows have one part of the step among them.
+        ranks = max(1, self._world_size(step) // self.config.parallel.sequence_ranks)
         return StepPlan(
             step, first, rows, ranks, self._micro_rows(rows, ranks), self._rate(step), record
         )
