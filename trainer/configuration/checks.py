@@ -230,9 +230,10 @@ def check_against_world(config: TrainingConfig, world_size: int) -> None:
     Raises:
         ConfigError: the batch or the mesh does not divide; all that is wrong, one a line.
     """
-    found = [*_sequence_over_ranks(config, world_size), *_mesh_over_ranks(config, world_size)]
+    found = list(_sequence_over_ranks(config, world_size))
     if not found:
         found = list(_batch_over_ranks(config, world_size // config.parallel.sequence_ranks))
+    found += _mesh_over_ranks(config, world_size)
     if found:
         raise ConfigError("\n".join(found))
 
