@@ -42,6 +42,7 @@ from .ngram_hash import HASH_PRIMES, following_windows, ngram_hash, packed_windo
 from .packed_attention import PackedLayout, attention_problem, packed_attention
 from .rms_norm import rms_norm
 from .rotary import RotaryTable, apply_rotary, rotary_frequencies, rotary_table
+from .segment_attention import Segments, segment_attention, segment_attention_problem
 from .selective_scan import (
     chunk_decay,
     combine_states,
@@ -58,6 +59,7 @@ __all__ = [
     "Patches",
     "RotaryTable",
     "Routing",
+    "Segments",
     "apply_rotary",
     "attention_problem",
     "causal_conv1d",
@@ -93,6 +95,8 @@ __all__ = [
     "routed_linear",
     "routed_linear_unsorted",
     "routed_rms_norm",
+    "segment_attention",
+    "segment_attention_problem",
     "segment_pool",
     "selective_scan",
     "selective_scan_segment",

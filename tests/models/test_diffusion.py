@@ -86,3 +86,73 @@ def test_spaced_timesteps() -> None:
     assert spaced_timesteps(1000, 1) == [999]
     with pytest.raises(ValueError, match="take 1 to 1000"):
         spaced_timesteps(1000, 1001)
+
+
+def test_a_shift_divides_the_signal_to_noise_ratio() -> None:
+    plain, shifted = Diffusion(1000, "linear"), Diffusion(1000, "linear", shift=2.0)
+    ratios = [(d.alphas_bar / (1 - d.alphas_bar)).sqrt() for d in (plain, shifted)]
+    torch.testing.assert_close(ratios[0] / 2, ratios[1])
+
+
+def test_the_variational_term_is_the_divergence_of_two_normal_distributions() -> None:
+    """Against torch.distributions on posteriors from Bayes' rule, one level at a time."""
+    diffusion = Diffusion(50, "linear")
+    generator = torch.Generator().manual_seed(0)
+    x0, noise, eps = torch.randn(3, 3, 2, 4, 4, generator=generator, dtype=torch.float64)
+    fraction = torch.rand(3, 2, 4, 4, generator=generator, dtype=torch.float64) * 2 - 1
+    t = torch.tensor([1, 20, 49])
+    x_t = diffusion.noised(x0, noise, t)
+    found = diffusion.variational_bits(x0, x_t, t, eps, fraction)
+    guess, _ = diffusion.split(eps, x_t, t)
+    for i, level in enumerate(t.tolist()):
+        before, now = diffusion.alphas_bar[level - 1], diffusion.alphas_bar[level]
+        alpha = now / before
+        precision = alpha / (1 - alpha) + 1 / (1 - before)
+
+        def mean(
+            image: torch.Tensor, a=alpha, b=before, p=precision, i: int = i
+        ) -> torch.Tensor:
+            return (a.sqrt() * x_t[i] / (1 - a) + b.sqrt() * image / (1 - b)) / p
+
+        log_variance = diffusion.step_log_variance(fraction[i], level, level - 1)
+        truth = torch.distributions.Normal(mean(x0[i]), precision**-0.5)
+        model = torch.distributions.Normal(mean(guess[i]), (0.5 * log_variance).exp())
+        bits = torch.distributions.kl_divergence(truth, model).mean() / math.log(2)
+        torch.testing.assert_close(found[i], bits)
+
+
+def test_the_term_of_the_last_step_is_a_likelihood_of_bins() -> None:
+    diffusion = Diffusion(1000, "linear")
+    values = (torch.arange(256, dtype=torch.float64) * 2 - 255) / 255
+    # One image a value, all with the same x_t and prediction: the bins' shares add up to one.
+    x0 = values.view(-1, 1, 1, 1)
+    x_t, eps = torch.full_like(x0, 0.2), torch.full_like(x0, 0.3)
+    bits = diffusion.variational_bits(
+        x0, x_t, torch.zeros(256, dtype=torch.int64), eps, torch.zeros_like(x0)
+    )
+    assert (2.0**-bits).sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_the_variational_term_trains_variances_alone() -> None:
+    diffusion = Diffusion(1000, "linear")
+    x0, noise, eps, fraction = torch.randn(4, 2, 1, 2, 2).unbind()
+    eps.requires_grad_()
+    fraction.requires_grad_()
+    t = torch.tensor([0, 500])
+    x_t = diffusion.noised(x0, noise, t)
+    diffusion.variational_bits(x0, x_t, t, eps, fraction).sum().backward()
+    assert eps.grad is None
+    assert fraction.grad.abs().min() > 0
+
+
+def test_a_step_takes_a_learned_variance() -> None:
+    diffusion = Diffusion(1000, "linear")
+    x0, eps = torch.zeros(2, 1, dtype=torch.float64)
+    one = torch.ones_like(x0)
+    for fraction, variance in (
+        (1.0, 1 - diffusion.alphas_bar[600] / diffusion.alphas_bar[560]),
+        (-1.0, diffusion.step(x0, eps, 600, 560, eta=1, noise=one)[0] ** 2),
+    ):
+        learned = diffusion.step_log_variance(fraction * one, 600, 560)
+        step = diffusion.step(x0, eps, 600, 560, eta=1, noise=one, log_variance=learned)
+        torch.testing.assert_close(step[0] ** 2, variance)
