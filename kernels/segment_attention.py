@@ -76,15 +76,17 @@ class Segments:
         parts = values.split([count for count, _ in self.runs])
         return [part[:, None] for part in parts]
 
-    def apply(self, change: Callable[..., Tensor], x: Tensor, *values: Tensor) -> Tensor:
-        """`change(x, *values)` of positions (T, d) with the values (I, d) of their segments; elementwise.
+    def apply(
+        self, change: Callable[..., Tensor], positions: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> Tensor:
+        """`change(*positions, *values)`, elementwise, of (T, d) each with (I, d) each of their segments.
 
         Run by run values are broadcast, and their gradient is a plain sum; else they are gathered by segment.
         """
         if not self.has_few_runs:
-            return change(x, *(value[self.ids] for value in values))
-        runs = zip(self.split(x), *(self.split_segments(value) for value in values), strict=True)
-        done = [change(*parts).flatten(0, 1) for parts in runs]
+            return change(*positions, *(value[self.ids] for value in values))
+        parts = [self.split(x) for x in positions] + [self.split_segments(v) for v in values]
+        done = [change(*run).flatten(0, 1) for run in zip(*parts, strict=True)]
         return done[0] if len(done) == 1 else torch.cat(done)
 
     @property

@@ -93,9 +93,7 @@ class ImageARTask(Task):
             drop=self.config.dropout if is_training else 0.0,
         )
         bits = LossTerm(entropy / math.log(2), IMAGES)
-        return LossOutput(
-            {"cross_entropy": LossTerm(entropy, "tokens")}, {"bits_per_image": bits}
-        )
+        return LossOutput({"cross_entropy": LossTerm(entropy, "tokens")}, {"bits_per_image": bits})
 
     def _labels(self, batch: PackedBatch, is_training: bool) -> Tensor:
         labels = batch.side[LABELS]

@@ -38,18 +38,25 @@ def unpatchify(rows: Tensor, channels: int, size: int, patch: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Noise levels (I,) int64 to (I, width): sines and cosines through a small MLP."""
+    """Noise levels (I,) int64 to (I, width): sines and cosines through a small MLP.
 
-    def __init__(self, waves: int, width: int) -> None:
+    Args:
+        waves: how many sines and cosines there are.
+        width: of the MLP.
+        includes_longest: whether the last wave has the longest period itself, as diffusers' DiT, or is one step short of it.
+    """
+
+    def __init__(self, waves: int, width: int, includes_longest: bool = False) -> None:
         super().__init__()
         self.waves = waves
+        self.steps = waves // 2 - int(includes_longest)
         self.input = nn.Linear(waves, width)
         self.output = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.waves // 2
         place = torch.arange(half, device=t.device, dtype=torch.float32)
-        angles = t.float()[:, None] * torch.exp(place * (-math.log(LONGEST_PERIOD) / half))
+        angles = t.float()[:, None] * torch.exp(place * (-math.log(LONGEST_PERIOD) / self.steps))
         waves = torch.cat((angles.cos(), angles.sin()), 1).to(self.input.weight.dtype)
         return self.output(silu(self.input(waves)))
 

@@ -109,9 +109,7 @@ def test_the_variational_term_is_the_divergence_of_two_normal_distributions() ->
         alpha = now / before
         precision = alpha / (1 - alpha) + 1 / (1 - before)
 
-        def mean(
-            image: torch.Tensor, a=alpha, b=before, p=precision, i: int = i
-        ) -> torch.Tensor:
+        def mean(image: torch.Tensor, a=alpha, b=before, p=precision, i: int = i) -> torch.Tensor:
             return (a.sqrt() * x_t[i] / (1 - a) + b.sqrt() * image / (1 - b)) / p
 
         log_variance = diffusion.step_log_variance(fraction[i], level, level - 1)

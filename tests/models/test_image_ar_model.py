@@ -55,9 +55,7 @@ def random_codes(count: int, config: Config, seed: int = 0) -> tuple[torch.Tenso
 def test_published_sizes_are_met_exactly(name: str, codebook: int) -> None:
     layers, width, heads, hidden, totals = LAYOUTS[name]
     size = (1024, 16384, 131072)[codebook]
-    config = Config(
-        codebook_size=size, n_layers=layers, d_model=width, n_heads=heads, d_ff=hidden
-    )
+    config = Config(codebook_size=size, n_layers=layers, d_model=width, n_heads=heads, d_ff=hidden)
     assert hidden == 256 * math.ceil(int(8 * width / 3) / 256)
     assert sum(config.count_parameters().values()) == totals[codebook]
     with torch.device("meta"):
@@ -188,7 +186,9 @@ def test_dropout_is_for_training_alone() -> None:
     task, model = build_task(config), random_model(config)
     codes, labels = random_codes(2, config)
     batch = task.draw(code_batch(codes, labels), 0)
-    losses = {task.losses({"model": model}, batch).terms["cross_entropy"].total.item() for _ in "ab"}
+    losses = {
+        task.losses({"model": model}, batch).terms["cross_entropy"].total.item() for _ in "ab"
+    }
     assert len(losses) == 2
     with torch.no_grad():
         losses = {
