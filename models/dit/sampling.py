@@ -220,7 +220,10 @@ def _predict(
         return [values.float() for values in model(images, levels, labels, places)]
     sizes = [len(group.members) for group in groups]
     both = [torch.cat((x, x)) for x in images]
-    halves = [torch.cat((l, torch.full_like(l, config.classes))) for l in labels.split(sizes)]
+    nothing = torch.full_like(labels, config.classes)
+    halves = [
+        torch.cat(pair) for pair in zip(labels.split(sizes), nothing.split(sizes), strict=True)
+    ]
     doubled = torch.cat(halves)
     predicted = model(both, torch.full_like(doubled, t), doubled, places)
     found = []

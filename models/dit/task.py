@@ -26,9 +26,12 @@ from .network import DiT
 __all__ = ["DiTTask", "build_task", "moments_of", "noise_of", "place_of", "posterior_of"]
 
 
+MOMENTS = "moments_"
+
+
 def moments_of(ratio: int) -> str:
     """Side tensor of encoded images: (n, 2C, h, w) fp32, means and log variances of those at a ratio."""
-    return f"moments_{ratio}"
+    return f"{MOMENTS}{ratio}"
 
 
 def place_of(ratio: int) -> str:
@@ -140,7 +143,7 @@ class DiTTask(Task):
 
     def _check_latents(self, batch: PackedBatch) -> None:
         known = {moments_of(item.ratio) for item in self.config.ratios}
-        extra = sorted(n for n in batch.side if n.startswith(moments_of(0)[:-1]) and n not in known)
+        extra = sorted(n for n in batch.side if n.startswith(MOMENTS) and n not in known)
         if extra:
             ratios = ", ".join(str(item.ratio) for item in self.config.ratios)
             raise DataError(

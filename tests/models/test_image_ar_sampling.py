@@ -69,8 +69,8 @@ def test_guided_codes_are_those_of_two_whole_forward_passes(guided_codes: int | 
     for place in range(9):
         with torch.no_grad():
             both = [
-                model(code_batch(codes, l), l, output="logits").view(2, 9, -1)[:, place]
-                for l in (labels, torch.full_like(labels, 5))
+                model(code_batch(codes, given), given, output="logits").view(2, 9, -1)[:, place]
+                for given in (labels, torch.full_like(labels, 5))
             ]
         is_guided = guided_codes is None or place < guided_codes
         logits = both[1] + 2.5 * (both[0] - both[1]) if is_guided else both[0]
