@@ -65,8 +65,8 @@ class _LayerCache:
         at = self.cache.used
         keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
         keys[:, at], values[:, at] = k.to(keys.dtype), v.to(values.dtype)
-        seen = (store[:, : at + 1].transpose(1, 2).to(q.dtype) for store in (keys, values))
-        return scaled_dot_product_attention(q[:, :, None], *seen)[:, :, 0]
+        keys, values = (store[:, : at + 1].transpose(1, 2).to(q.dtype) for store in (keys, values))
+        return scaled_dot_product_attention(q[:, :, None], keys, values)[:, :, 0]
 
 
 class _RMSNorm(nn.Module):

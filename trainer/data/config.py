@@ -88,7 +88,11 @@ class DataConfig(Section):
     vocabulary: str = Field(
         "bytes", description="bytes, or hf:PATH of a folder with tokenizer.json"
     )
-    sequence_length: int = Field(4096, ge=2, description="positions of one sample, in tokens")
+    sequence_length: int = Field(
+        4096,
+        ge=1,
+        description="positions of one sample, in tokens; 1 where images are what is counted",
+    )
     interleaved: InterleavedConfig | None = Field(
         None, description="documents of text, images and speech; null is text alone"
     )
