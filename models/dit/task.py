@@ -105,11 +105,11 @@ class DiTTask(Task):
         return list(networks["model"].blocks)  # type: ignore[arg-type]
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
-        found = {"tokens": batch.target_count, IMAGES: batch.rows}
+        found = {"tokens": batch.target_count, IMAGES: batch.target_count}
         if len(self.config.ratios) > 1:
             for item in self.config.ratios:
-                places = batch.side.get(place_of(item.ratio))
-                found[f"images_{item.ratio}"] = 0 if places is None else len(places)
+                places = batch.side.get(place_of(item.ratio), ())
+                found[f"images_{item.ratio}"] = len(places) if batch.target_count else 0
         return found
 
     def draw(self, batch: PackedBatch, seed: int) -> PackedBatch:
@@ -174,22 +174,25 @@ class DiTTask(Task):
             torch.cat([group.labels for group in groups]),
             [group.ratio for group in groups],
         )
+        # A rank without images of its own runs others', which count for nothing.
+        scale = 1.0 if batch.target_count else 0.0
         errors: dict[int, Tensor] = {}
         bits = []
         for group, values in zip(groups, predicted, strict=True):
             eps, *fraction = values.float().split(self.config.channels, 1)
-            errors[group.ratio] = (eps - group.noise).square().flatten(1).mean(1).sum()
+            error = (eps - group.noise).square().flatten(1).mean(1)
+            errors[group.ratio] = scale * error.sum()
             if fraction:
                 diffusion = self.diffusions[group.ratio]
                 term = diffusion.variational_bits(
                     group.clean, group.noised, group.t, eps, fraction[0]
                 )
-                bits.append(term.sum())
+                bits.append(scale * term.sum())
         terms = {"denoising": LossTerm(torch.stack(list(errors.values())).sum(), IMAGES)}
         if bits:
             weight = self.config.variational_weight
             terms["variational"] = LossTerm(torch.stack(bits).sum(), IMAGES, weight=weight)
-        return LossOutput(terms, self._metrics(errors, groups))
+        return LossOutput(terms, self._metrics(errors, groups if batch.target_count else []))
 
     def _groups(self, batch: PackedBatch, is_training: bool) -> list[_Group]:
         if TIMESTEPS not in batch.side:

@@ -110,6 +110,9 @@ class ImageARTask(Task):
 
 
 def _image_count(batch: PackedBatch) -> int:
+    """Those that count: none of a batch whose targets are all ignored."""
+    if not batch.target_count:
+        return 0
     return batch.host_counts.get(IMAGES, len(batch.cu_seqlens) - 1)
 
 

@@ -83,6 +83,8 @@ def test_all_recipes_are_there() -> None:
         "llama3/8b",
         *(f"mixture-of-transformers/{name}" for name in MIXTURES),
         *(f"lmfusion/{name}" for name in ("8b", "8b-ablation", "llava-next-8b")),
+        *(f"image-ar/{name}" for name in ("b", "l", "xl", "xl-131k", "xxl", "3b")),
+        *(f"dit/{name}-2" for name in ("s", "b", "l", "xl", "cat-ref-s", "cat-ref-xl")),
     }
 
 

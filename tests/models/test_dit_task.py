@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -143,6 +144,20 @@ def test_labels_are_hidden_in_training_alone() -> None:
     with torch.no_grad():
         evaluated = task.losses({"model": model}, batch).terms["denoising"].total
     torch.testing.assert_close(evaluated, open_.detach())
+
+
+def test_images_of_a_rank_that_has_none_of_its_own_count_for_nothing() -> None:
+    config = Config(**MIXED)
+    task, model = build_task(config), random_model(config)
+    batch = replace(task.draw(batch_of(), 0), target_count=0)
+    assert not any(task.counts(batch).values())
+    output = task.losses({"model": model}, batch)
+    assert not any(term.total.item() for term in {**output.terms, **output.metrics}.values())
+    assert set(output.metrics) == {
+        *(f"denoising_{ratio}" for ratio in PLACES),
+        "image_tokens",
+        "image_gmacs",
+    }
 
 
 def test_a_few_steps_learn_the_noise() -> None:
