@@ -15,6 +15,7 @@ import click
 
 from .bench_kernels import kernels_command
 from .bench_memory import memory_command
+from .bench_ratios import ratios_command
 from .bench_restarts import restarts_command
 from .options import load_recipe, print_table
 
@@ -30,6 +31,7 @@ Examples:
   weft bench restarts --ranks 4
   weft bench kernels --op selective_scan
   weft bench memory olmo2/debug --ranks 2 parallel.strategy=fsdp
+  weft bench ratios dit/cat-ref-s-2 --images 4,8,4
 """
 
 
@@ -41,6 +43,7 @@ def command() -> None:
 command.add_command(kernels_command)
 command.add_command(restarts_command)
 command.add_command(memory_command)
+command.add_command(ratios_command)
 
 
 @command.command("train", epilog="\b\nExample:\n  weft bench train olmo2/quickstart --steps 8")

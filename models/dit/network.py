@@ -80,7 +80,7 @@ class DiT(nn.Module):
         self.ratios = nn.Embedding(len(config.ratios), d) if len(config.ratios) > 1 else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.head = Head(config)
-        self._positions: dict[tuple[int, int, int, torch.device], Tensor] = {}
+        self._known_positions: dict[tuple[int, int, int, torch.device], Tensor] = {}
 
     def forward(
         self, images: Sequence[Tensor], t: Tensor, labels: Tensor, ratios: Sequence[int]
@@ -107,7 +107,7 @@ class DiT(nn.Module):
         x = self._embed(images, grids, ratios)
         self._check_attention(x)
         segments.prepare(self.config.attention)
-        condition = silu(self._condition(t, labels, counts, ratios))
+        condition = silu(self.condition(t, labels, counts, ratios))
         for block in self.blocks:
             x = block(x, condition, segments)
         rows = self.head(x, condition, segments).split([count * n for count, n in runs])
@@ -136,26 +136,26 @@ class DiT(nn.Module):
         dtype = self.patches.weight.dtype
         rows = [patchify(group, self.config.patch).to(dtype) for group in images]
         places = [
-            self._placed(grid, ratio, dtype).repeat(len(group), 1)
+            self.positions(grid, ratio, dtype).repeat(len(group), 1)
             for group, grid, ratio in zip(images, grids, ratios, strict=True)
         ]
         return self.patches(torch.cat(rows)) + torch.cat(places)
 
-    def _placed(self, grid: tuple[int, int], ratio: int, dtype: torch.dtype) -> Tensor:
+    def positions(self, grid: tuple[int, int], ratio: int, dtype: torch.dtype) -> Tensor:
         """(N, d), positions of a grid; made on first use, as a buffer would hold garbage after meta-device construction."""
         c, device = self.config, self.patches.weight.device
         key = (*grid, ratio, device)
-        if key not in self._positions:
+        if key not in self._known_positions:
             step = 1.0
             if c.positions == "plane":
                 step = c.ratios[ratio].ratio / c.reference_ratio
-            self._positions[key] = grid_positions(*grid, c.d_model, step).to(device)
-        return self._positions[key].to(dtype)
+            self._known_positions[key] = grid_positions(*grid, c.d_model, step).to(device)
+        return self._known_positions[key].to(dtype)
 
-    def _condition(
+    def condition(
         self, t: Tensor, labels: Tensor, counts: Sequence[int], ratios: Sequence[int]
     ) -> Tensor:
-        """(I, d)."""
+        """(I, d): what images at these noise levels and of these labels, in groups of `counts` at `ratios`, are told."""
         condition = self.time(t) + self.classes(labels)
         if self.ratios is None:
             return condition

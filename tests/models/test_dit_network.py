@@ -266,9 +266,9 @@ def test_positions_are_places_in_the_image() -> None:
     assert fine[0, 0].item() == pytest.approx(math.sin(-0.25))
     assert fine[3, 0].item() == pytest.approx(math.sin(1.25))
     model = build_model(Config(**MIXED))
-    torch.testing.assert_close(model._placed((2, 2), 2, torch.float32), coarse)
+    torch.testing.assert_close(model.positions((2, 2), 2, torch.float32), coarse)
     model = build_model(Config(**MIXED, positions="index"))
-    torch.testing.assert_close(model._placed((4, 4), 2, torch.float32), plain)
+    torch.testing.assert_close(model.positions((4, 4), 2, torch.float32), plain)
 
 
 def test_oblong_images_come_back_as_they_went_in() -> None:
