@@ -193,7 +193,9 @@ def unpatchify(rows: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """(I N, p p c), channels last in a patch, to (I, c, h, w)."""
     height, width = grid
     cut = rows.reshape(-1, height, width, patch, patch, rows.shape[1] // patch**2)
-    return cut.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    images = cut.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    # What a model gives must be no view where FSDP2 hooks its gradient.
+    return images.clone(memory_format=torch.contiguous_format)
 
 
 def _normalised(x: Tensor) -> Tensor:
