@@ -169,7 +169,8 @@ def _padded_block(block: Block, x: Tensor, condition: Tensor, mask: Tensor) -> T
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = values
     h = block.qkv_proj(_normalised(x) * (1 + scale) + shift)
     heads = h.unflatten(-1, (3, config.n_heads, config.head_width)).permute(2, 0, 3, 1, 4)
-    attended = scaled_dot_product_attention(*heads.unbind(), attn_mask=mask)
+    q, k, v = heads.unbind()
+    attended = scaled_dot_product_attention(q, k, v, attn_mask=mask)
     x = x + gate * block.o_proj(attended.transpose(1, 2).flatten(2))
     h = _normalised(x) * (1 + mlp_scale) + mlp_shift
     h = block.down_proj(gelu(block.up_proj(h), approximate="tanh"))

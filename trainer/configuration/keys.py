@@ -76,7 +76,13 @@ class Key:
         default = self.field.get_default(call_default_factory=True)
         if isinstance(default, BaseModel):
             return ""
-        return dump_value(list(default) if isinstance(default, tuple) else default)
+        if isinstance(default, tuple):
+            default = [
+                # Of a list of sections, what its items set.
+                item.model_dump(exclude_unset=True) if isinstance(item, BaseModel) else item
+                for item in default
+            ]
+        return dump_value(default)
 
     @property
     def description(self) -> str:
