@@ -24,6 +24,22 @@ MIXTURES = {
     "speech-7b": (7.013, 19.966),
 }
 
+# All but the stem and the four ids beside Llama 2's, dense and with what each modality has for itself.
+MAMBA_MIXTURES = {
+    "transfusion-163m": (169_845_504, 289_432_320),
+    "transfusion-760m": (814_278_144, 1_526_932_992),
+    "transfusion-1.4b": (1_400_276_992, 2_665_056_256),
+    "chameleon-37m": (37_058_816, 40_470_784),
+    "chameleon-94m": (94_233_088, 120_988_160),
+    "chameleon-443m": (454_247_424, 772_064_256),
+    "chameleon-880m": (917_300_736, 1_629_955_584),
+    "chameleon-1.5b": (1_537_640_448, 2_802_419_712),
+    "speech-443m": (454_247_424, 1_089_881_088),
+    "speech-880m": (917_300_736, 2_342_610_432),
+    "speech-1.5b": (1_537_640_448, 4_067_198_976),
+}
+DENSE_MAMBA = [f"model.split.{name}=false" for name in ("in_proj", "x_proj", "dt_proj", "out_proj")]
+
 # OLMo 2 (arXiv 2501.00656) and its released configurations.
 PARAMETERS = {
     "olmo2/1b": 1_484_916_736,
@@ -82,9 +98,13 @@ def test_all_recipes_are_there() -> None:
         "llama3/debug",
         "llama3/8b",
         *(f"mixture-of-transformers/{name}" for name in MIXTURES),
-        *(f"lmfusion/{name}" for name in ("8b", "8b-ablation", "llava-next-8b")),
         *(f"image-ar/{name}" for name in ("b", "l", "xl", "xl-131k", "xxl", "3b")),
         *(f"dit/{name}-2" for name in ("s", "b", "l", "xl", "cat-ref-s", "cat-ref-xl")),
+        *(f"mixture-of-transformers/debug-{name}" for name in ("transfusion", "chameleon")),
+        *(f"mixture-of-mamba/{name}" for name in MAMBA_MIXTURES),
+        *(f"mixture-of-mamba/debug-{name}" for name in ("transfusion", "chameleon", "speech")),
+        *(f"lmfusion/{name}" for name in ("debug", "debug-base", "8b", "8b-ablation")),
+        "lmfusion/llava-next-8b",
     }
 
 
@@ -98,6 +118,21 @@ def test_mixtures_of_transformers_have_the_published_sizes(name: str) -> None:
     assert own / 1e9 == pytest.approx(total, abs=5e-3)
     assert config.model.modalities == config.data.interleaved.modalities
     assert (config.optimizer.betas, config.optimizer.weight_decay) == ((0.9, 0.95), 0.1)
+
+
+@pytest.mark.parametrize("name", MAMBA_MIXTURES)
+def test_mixtures_of_mamba_have_the_published_sizes(name: str) -> None:
+    recipe = f"mixture-of-mamba/{name}"
+    config, dense = load(recipe), load_recipe(recipe, DENSE_MAMBA).config
+    assert config.model.blocks_per_layer == 2
+    assert config.model.modalities == config.data.interleaved.modalities
+    assert (config.optimizer.betas, config.optimizer.weight_decay) == ((0.9, 0.95), 0.1)
+    for model, wanted in zip((dense.model, config.model), MAMBA_MIXTURES[name], strict=True):
+        counts = model.count_parameters()
+        added_ids = model.vocab_size - (32_000 if model.image else 65_536)
+        found = sum(counts.values()) - counts.get("image_stem", 0) - 2 * added_ids * model.d_model
+        assert found == wanted
+    assert dense.model.flops_per_token(4096) == config.model.flops_per_token(4096)
 
 
 @pytest.mark.parametrize("name", ["8b", "8b-ablation", "llava-next-8b"])
@@ -160,6 +195,14 @@ def test_small_recipes_need_nothing_but_the_install(name: str) -> None:
     config = load(name)
     assert config.data.vocabulary == "bytes"
     assert [source.path for source in config.data.sources] == ["builtin:python-stdlib"]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "/debug-" in name and "-of-" in name])
+def test_debug_recipes_of_modalities_make_their_data(name: str) -> None:
+    config = load(name)
+    assert config.data.vocabulary == "bytes"
+    assert all(source.path.startswith("builtin:") for source in config.data.sources)
+    assert config.model.vocab_size == 260 + config.data.interleaved.added_ids
 
 
 def test_the_quickstarts_differ_in_the_model_alone() -> None:

@@ -52,11 +52,18 @@ class BuiltinDocuments(Protocol):
 
 
 class DigitsWithCaptions:
-    """A digit's name and its picture."""
+    """A digit's name and its picture.
 
-    def __init__(self, images: int = DIGIT_IMAGES) -> None:
+    Args:
+        pictures: 0 leaves the names alone, the text that a base of these captions learns.
+    """
+
+    def __init__(self, images: int = DIGIT_IMAGES, pictures: int = 1) -> None:
         self.count = min(images, DIGIT_IMAGES)
+        self._with_pictures = bool(pictures)
         self.identity = {"builtin": "digits-captions", "version": 1, "images": self.count}
+        if not pictures:
+            self.identity["pictures"] = 0
 
     def documents(
         self, start: int, stop: int, config: InterleavedConfig
@@ -64,13 +71,10 @@ class DigitsWithCaptions:
         pictures, labels = load_digits()
         for i in range(start, stop):
             name = f"digit {i}"
-            yield InterleavedDocument(
-                name.encode(),
-                (
-                    Part("text", DIGIT_NAMES[labels[i]].encode(), name),
-                    Part("image", pictures[i], name),
-                ),
-            )
+            parts = [Part("text", DIGIT_NAMES[labels[i]].encode(), name)]
+            if self._with_pictures:
+                parts.append(Part("image", pictures[i], name))
+            yield InterleavedDocument(name.encode(), tuple(parts))
 
     def files(self) -> dict[str, bytes]:
         return {}
