@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from weft.launch.local import LocalRanks
 from weft.launch.options import load_recipe
 from weft.trainer.train import train
 
+DOCS = Path(__file__).parents[2] / "docs"
 DIGITS = "data.sources.0.path=builtin:digits-captions:images=60"
 SHAPES = "data.sources.0.path=builtin:shapes:images=60"
 SPOKEN = "data.sources.0.path=builtin:spoken-digits:utterances=4"
@@ -30,10 +33,29 @@ def weft(*arguments: object) -> Result:
     return CliRunner().invoke(cli, words, standalone_mode=False)
 
 
+@pytest.mark.parametrize("page", ["mixture-of-mamba.md", "lmfusion.md"])
+def test_the_page_from_top_to_bottom(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^\$ weft (.*)$", (DOCS / page).read_text(), re.M)
+    assert lines
+    for words in map(shlex.split, lines):
+        few = [f"data.cache_dir={tmp_path / 'cache'}", *FEW]
+        if "lmfusion/debug-base" in words:
+            few.append(f"{DIGITS},pictures=0")
+        elif words[0] == "train":
+            few.append(DIGITS)
+        else:
+            few = ["--image-steps", "2"]
+        done = weft(*words, *few)
+        assert done.exception is None, f"{words}: {done.exception}\n{done.output}"
+    assert list(tmp_path.glob("runs/*/samples/step_00000003.png"))
+
+
 @pytest.mark.parametrize(
     ("name", "source", "make"),
     [
-        ("mixture-of-mamba/debug-transfusion", DIGITS, "--image"),
         ("mixture-of-mamba/debug-chameleon", SHAPES, "--image"),
         pytest.param("mixture-of-mamba/debug-speech", SPOKEN, "--speech", marks=needs_espeak),
         ("mixture-of-transformers/debug-transfusion", DIGITS, "--image"),
@@ -54,17 +76,6 @@ def test_a_debug_recipe_trains_is_evaluated_and_generates(
     if make == "--image":
         with Image.open(grid) as picture:
             assert min(picture.size) >= 8
-
-
-def test_lmfusion_in_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    few = [f"data.cache_dir={tmp_path / 'cache'}", *FEW]
-    text = "data.sources.0.path=builtin:digits-captions:images=60,pictures=0"
-    for name, source in (("lmfusion/debug-base", text), ("lmfusion/debug", DIGITS)):
-        assert train(load_recipe(name, [source, *few]).config) == 0
-    done = weft("generate", "runs/lmfusion-debug", "--prompt", "three", "--image")
-    assert done.exception is None, done.output
-    assert (tmp_path / "runs/lmfusion-debug/samples/step_00000003.png").exists()
 
 
 def test_a_run_of_images_goes_from_two_ranks_to_one(tmp_path: Path) -> None:
