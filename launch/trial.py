@@ -141,7 +141,9 @@ def smallest_settings(
         if hasattr(config.model, "vocab_size"):
             wanted["model.vocab_size"] = BYTE_VOCABULARY_SIZE
     changes = {key: value for key, value in wanted.items() if _value(config, key) != value}
-    if any(value is None and isinstance(_value(config, key), dict) for key, value in changes.items()):
+    if any(
+        value is None and isinstance(_value(config, key), dict) for key, value in changes.items()
+    ):
         # A section that is left out (a base) may have decided keys that the recipe does not write.
         changes |= {key: value for key, value in wanted.items() if key.startswith("model.")}
     return changes
