@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from .task import InitSpec, Task
 
@@ -39,6 +41,9 @@ def fill_range(out: Tensor, spec: InitSpec, *, seed: int, name: str, start: int 
             places = torch.arange(start, start + flat.numel(), dtype=torch.float64)
             flat.copy_(torch.log1p(places.remainder(spec.period)))
             return
+        if spec.unit_rows:
+            _fill_unit_rows(flat, spec, seed=seed, name=name, start=start)
+            return
         position = 0
         while position < flat.numel():
             block, offset = divmod(start + position, BLOCK)
@@ -47,6 +52,16 @@ def fill_range(out: Tensor, spec: InitSpec, *, seed: int, name: str, start: int 
             values = _draw(offset + count, spec, _block_seed(seed, name, block))
             flat[position : position + count].copy_(values[offset:])
             position += count
+
+
+def _fill_unit_rows(flat: Tensor, spec: InitSpec, *, seed: int, name: str, start: int) -> None:
+    width = spec.unit_rows
+    # A range may begin or end inside a row, whose length is that of all of it.
+    first, stop = start // width * width, -(-(start + flat.numel()) // width) * width
+    rows = torch.empty(stop - first)
+    fill_range(rows, replace(spec, unit_rows=0), seed=seed, name=name, start=first)
+    rows = normalize(rows.view(-1, width)).view(-1)
+    flat.copy_(rows[start - first : start - first + flat.numel()])
 
 
 def _draw(count: int, spec: InitSpec, seed: int) -> Tensor:

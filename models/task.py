@@ -34,6 +34,9 @@ class InitSpec:
 
     `log_counting` is log(1), log(2) .. log(period), over and over in row-major order. `softplus_inverse_log_uniform` is what
     softplus makes log-uniform in [low, high), and at least `floor`.
+
+    Args:
+        unit_rows: rows of that many elements are scaled to length 1; 0 leaves them as drawn.
     """
 
     kind: Literal[
@@ -51,6 +54,7 @@ class InitSpec:
     low: float = 1e-3
     high: float = 0.1
     floor: float = 0.0
+    unit_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ class ParameterGroup:
         averaged: whether `optimizer.ema_decay` keeps an average of it; never of tables that are updated by row.
         needs: name of one of `Task.counts`; a step whose global count of it is 0 leaves the group as it is, decay, momentum and
             step count included. None is updated in every step.
+        betas: of AdamW, instead of `optimizer.betas`.
+        clip_grad_norm: of this group's own gradient, which then is no part of the norm that clips the phase's other groups.
+        whole: every rank keeps all of it in fp32, also where other groups are sharded.
     """
 
     name: str
@@ -77,6 +84,9 @@ class ParameterGroup:
     phase: str = "train"
     averaged: bool = True
     needs: str | None = None
+    betas: tuple[float, float] | None = None
+    clip_grad_norm: float | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,10 +137,18 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Losses to train on, and sums that are only reported (also divided by a global count)."""
+    """Losses to train on, and sums that are only reported (also divided by a global count).
+
+    Args:
+        carried: detached tensors of this micro-batch that the step's next phase finds in its batch's `side`.
+        vectors: sums of more than one value over this micro-batch, such as how often each code was used; `Task.summarise`
+            makes metrics of them.
+    """
 
     terms: dict[str, LossTerm]
     metrics: dict[str, LossTerm] = field(default_factory=dict)
+    carried: dict[str, Tensor] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Task(ABC):
@@ -199,6 +217,13 @@ class Task(ABC):
 
     def whole_rows(self, networks: Mapping[str, nn.Module]) -> None:  # noqa: B027 - most families know no others
         """The networks told that the next forward is on whole rows."""
+
+    def begin_step(self, step: int) -> None:  # noqa: B027 - most families are the same in every step
+        """Called before the phases of each step, with its number from 1: what a ramp is a function of."""
+
+    def summarise(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """() metrics of a step from `LossOutput.vectors`, summed over its micro-batches and all ranks; on their device."""
+        return {}
 
     def base_weights(self, networks: Mapping[str, nn.Module]) -> list[BaseWeights]:
         """Parameters that other runs supply."""

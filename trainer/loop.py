@@ -327,6 +327,7 @@ def _train_step(
     )
     counts = agreed.counts
     values: dict[str, Tensor | float | int] = {}
+    run.task.begin_step(step)
     for phase in run.task.phases(step):
         sums = run.engine.forward_backward(phase, own, counts)
         if "patches" in sums:
@@ -339,12 +340,15 @@ def _train_step(
             for name, total in run.engine.sum_over_ranks(sums).items()
         }
         loss = next(iter(means.values()))
+        means |= run.task.summarise(run.engine.sum_vectors())
         result = run.engine.step(phase, rate, loss)
         prefix = "" if phase == "train" else f"{phase}/"
         # The first term is the objective proper; it is called loss whatever the family calls it.
         named = dict(zip(["loss", *list(means)[1:]], means.values(), strict=True))
         values |= {f"{prefix}{name}": mean for name, mean in named.items()}
         values |= {f"{prefix}grad_norm": result.grad_norm, f"{prefix}skipped": result.skipped}
+        norms = result.group_norms.items()
+        values |= {f"{prefix}{group}/grad_norm": norm for group, norm in norms}
     values |= {
         "lr": rate,
         "target_tokens": agreed.counts.get("tokens", 0),

@@ -66,15 +66,19 @@ class AccelerateEngine(TorchEngine):
             seed=seed,
         )
 
-    def _build_sync(self) -> GradientSync | None:
+    def _build_syncs(self) -> dict[str, GradientSync]:
         """Accelerate's wrapper averages gradients; row-sparse ones are left to `TorchEngine`, which exchanges only their rows."""
+        if self.strategy == "ddp" and len(self._phases) > 1:
+            raise ConfigError(
+                f"Accelerate's replicas train one phase a step, this model has {', '.join(self._phases)}; set parallel.engine=torch"
+            )
         self._prepared: dict[str, nn.Module] = dict(self.networks)
         if self.strategy == "ddp":
             for name, network in self.networks.items():
                 whole = [n.removeprefix(f"{name}/") for n in self._sparse if n.startswith(name)]
                 DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, whole)
                 self._prepared[name] = self.accelerator.prepare_model(network)
-        return None
+        return {} if self.strategy == "ddp" else super()._build_syncs()
 
     def _called_networks(self) -> Mapping[str, nn.Module]:
         return self._prepared

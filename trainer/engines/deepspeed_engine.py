@@ -93,6 +93,7 @@ class DeepSpeedEngine(SteppingEngine):
         self.task, self.topology, self.seed = task, topology, seed
         self.optimizer_config = optimizer
         self.count_of: dict[str, str] = {}
+        self.vectors: dict[str, Tensor] = {}
         rows, micro_rows, micro_batches = expected_rows
         self._settings = merge_settings(
             parallel.deepspeed,
@@ -148,6 +149,11 @@ class DeepSpeedEngine(SteppingEngine):
             raise ConfigError(
                 f"DeepSpeed trains one network in one phase, this model has {', '.join(sorted(networks))}; set parallel.engine=torch"
             )
+        special = next((g.name for g in trained if g.clip_grad_norm or g.whole), None)
+        if special is not None:
+            raise ConfigError(
+                f"the group {special} is clipped alone or kept whole, which DeepSpeed does not do; set parallel.engine=torch"
+            )
         (self._network_name,) = networks
         for name, parameter in self._named():
             parameter.requires_grad_(name not in frozen)
@@ -176,6 +182,7 @@ class DeepSpeedEngine(SteppingEngine):
                 "params": [named[name] for name in group.parameters],
                 "weight_decay": c.weight_decay if group.weight_decay else 0.0,
                 "lr_scale": group.lr_scale,
+                "betas": group.betas or c.betas,
                 "left_out": False,
             }
             for group in self._trained

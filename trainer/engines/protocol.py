@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,10 +51,12 @@ class StepResult:
     Args:
         grad_norm: () fp32, global norm before clipping.
         skipped: () fp32, 1 where the update was withheld (outlier or non-finite), else 0.
+        group_norms: the same as `grad_norm` of groups that are clipped alone, which are no part of it.
     """
 
     grad_norm: Tensor
     skipped: Tensor
+    group_norms: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Engine(ABC):
@@ -64,6 +66,8 @@ class Engine(ABC):
     networks: dict[str, nn.Module]
     count_of: dict[str, str]
     """Which global count divides each sum that `forward_backward` gave so far."""
+    vectors: dict[str, Tensor]
+    """`LossOutput.vectors` of the last `forward_backward`, summed over its micro-batches on this rank."""
 
     @property
     @abstractmethod
@@ -120,6 +124,10 @@ class Engine(ABC):
     @abstractmethod
     def sum_over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Collective: device scalars summed over the data ranks, without a host sync."""
+
+    def sum_vectors(self) -> dict[str, Tensor]:
+        """Collective: `vectors` summed over the data ranks, without a host sync."""
+        return self.vectors
 
     @abstractmethod
     def state_shards(self) -> list[TensorShard]:

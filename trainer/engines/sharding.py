@@ -100,6 +100,8 @@ def shard_networks(
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     for network in networks.values():
+        if kept.issuperset(network.parameters()):
+            continue
         fully_shard(network, mesh=mesh, mp_policy=policy, ignored_params=kept or None)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from ..optimization.skip_step import SkipStep
 from ..seeding import seed_micro_batch
 from .protocol import Engine, TensorShard
 
-__all__ = ["SteppingEngine"]
+__all__ = ["SteppingEngine", "clip_factor"]
 
 
 class SteppingEngine(Engine):
@@ -30,6 +32,8 @@ class SteppingEngine(Engine):
     skip_step: SkipStep | None
     groups: list[ParameterGroup]
     _counts: Mapping[str, int]
+    _carried: Mapping[int, dict[str, Tensor]] = MappingProxyType({})
+    """`LossOutput.carried` of this step's phases by the first sample of the micro-batch; bound anew in each phase."""
 
     @property
     def data_rank(self) -> int:
@@ -44,10 +48,15 @@ class SteppingEngine(Engine):
     ) -> dict[str, Tensor]:
         self._counts = counts
         sums: dict[str, Tensor] = {}
+        vectors: dict[str, Tensor] = {}
+        self._carried = carried = self._still_carried(micro_batches)
+        self._prepare(phase)
         for place, batch in enumerate(micro_batches):
             self._set_sync(is_last=place == len(micro_batches) - 1)
             seed_micro_batch(self.seed, batch.sample_ids[0])
             on_device = batch.to(self.topology.device)
+            if found := carried.get(batch.sample_ids[0]):
+                on_device = replace(on_device, side={**on_device.side, **found})
             with self._autocast():
                 output = self.task.losses(self._called_networks(), on_device, phase)
             # Gradients are averaged over all ranks; counts are global, so the sum is wanted. What nobody has is divided by
@@ -60,7 +69,20 @@ class SteppingEngine(Engine):
                 self.count_of[name] = term.count
                 total = term.total.detach().float()
                 sums[name] = sums[name] + total if name in sums else total
+            for name, vector in output.vectors.items():
+                vectors[name] = vectors[name] + vector if name in vectors else vector
+            if output.carried:
+                carried[batch.sample_ids[0]] = output.carried
+        self.vectors = vectors
         return sums
+
+    def _still_carried(self, micro_batches: Sequence[PackedBatch]) -> dict[int, dict[str, Tensor]]:
+        """What phases carry to later ones is theirs: it goes when other samples come."""
+        here = {batch.sample_ids[0] for batch in micro_batches}
+        return {sample: found for sample, found in self._carried.items() if sample in here}
+
+    def _prepare(self, phase: str) -> None:
+        """Before the micro-batches of a phase."""
 
     @abstractmethod
     def _set_sync(self, *, is_last: bool) -> None:
@@ -87,13 +109,7 @@ class SteppingEngine(Engine):
             keep = keep * torch.isfinite(loss)
             if self.skip_step is not None:
                 keep = keep * self.skip_step.keep(loss, grad_norm)
-        limit = self.optimizer_config.clip_grad_norm
-        clip = torch.ones_like(grad_norm)
-        if limit is not None:
-            clip = (limit / (grad_norm + 1e-6)).clamp_max(1.0)
-        # A clip factor that is not a number must not reach the kernel, even for a withheld update.
-        clip = torch.where(torch.isfinite(clip) & (clip > 0), clip, torch.ones_like(clip))
-        return keep, clip
+        return keep, clip_factor(grad_norm, self.optimizer_config.clip_grad_norm)
 
     def sum_over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.topology.world_size == 1 or not values:
@@ -101,6 +117,12 @@ class SteppingEngine(Engine):
         packed = torch.stack([v.detach() for v in values.values()])
         dist.all_reduce(packed)
         return dict(zip(values, packed.unbind(), strict=True))
+
+    def sum_vectors(self) -> dict[str, Tensor]:
+        if self.topology.world_size > 1:
+            for vector in self.vectors.values():
+                dist.all_reduce(vector)
+        return self.vectors
 
     def _skip_step_shards(self) -> list[TensorShard]:
         """The outlier rule's window, the same on all ranks."""
@@ -111,3 +133,12 @@ class SteppingEngine(Engine):
             TensorShard(f"optimizer/skip_step/{name}", tuple(t.shape), 0, t, self.topology.is_main)
             for name, t in state.items()
         ]
+
+
+def clip_factor(norm: Tensor, limit: float | None) -> Tensor:
+    """() what brings gradients of this norm down to the limit; None never does."""
+    clip = torch.ones_like(norm)
+    if limit is not None:
+        clip = (limit / (norm + 1e-6)).clamp_max(1.0)
+    # A clip factor that is not a number must not reach the kernel, even for a withheld update.
+    return torch.where(torch.isfinite(clip) & (clip > 0), clip, torch.ones_like(clip))

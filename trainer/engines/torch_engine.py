@@ -31,7 +31,7 @@ from .config import ParallelConfig, PrecisionConfig
 from .gradient_sync import GradientSync
 from .protocol import StepResult, TensorShard
 from .sharding import flat_range, local_tensor, make_mesh, pick_strategy, shard_networks
-from .stepping import SteppingEngine
+from .stepping import SteppingEngine, clip_factor
 
 __all__ = ["TorchEngine", "wrap_blocks"]
 
@@ -59,6 +59,7 @@ class TorchEngine(SteppingEngine):
         self.precision = precision
         self._reduces_each = parallel.reduce_gradients == "each"
         self.count_of: dict[str, str] = {}
+        self.vectors: dict[str, Tensor] = {}
         self._withheld: dict[str, tuple[tuple[str, ...], Tensor]] = {}
         self.strategy = pick_strategy(parallel, topology)
         self._rows = _row_group(parallel.sequence_ranks, topology) if trains else None
@@ -71,20 +72,24 @@ class TorchEngine(SteppingEngine):
         blocks = task.blocks(self.networks)
         wrap_blocks(blocks, parallel)
         self.mesh = make_mesh(self.strategy, parallel, topology)
+        whole = {n for n, p in self._named() if n in self._sparse or self._group_of[n].whole}
         if self.mesh is not None:
             wide = task.wide_modules(self.networks)
-            shard_networks(self.networks, blocks, self.mesh, precision, self._sparse.values(), wide)
+            kept = [p for n, p in self._named() if n in whole]
+            shard_networks(self.networks, blocks, self.mesh, precision, kept, wide)
+        self._whole = {n for n in whole if n not in self._sparse}
         self._materialise()
         self.parameters = {name: LocalParameter(name, p, local_tensor) for name, p in self._named()}
-        self._sync = self._build_sync()
+        self._phases = sorted({group.phase for group in self.groups})
+        self._syncs = self._build_syncs()
+        self._sync: GradientSync | None = None
         self.updates: dict[str, Updates] = {}
         if trains:
-            phases = sorted({group.phase for group in self.groups})
             self.updates = {
                 phase: Updates(
                     [g for g in self.groups if g.phase == phase], self.parameters, optimizer
                 )
-                for phase in phases
+                for phase in self._phases
             }
         self.averages = self._build_averages(optimizer.ema_decay if trains else None)
         self.skip_step = (
@@ -159,11 +164,23 @@ class TorchEngine(SteppingEngine):
                 stack.enter_context(averages.in_place_of_weights())
             yield
 
-    def _build_sync(self) -> GradientSync | None:
-        if self.strategy != "ddp":
-            return None
-        dense = [p for n, p in self._named() if p.requires_grad and n not in self._sparse]
-        return GradientSync(dense)
+    def _build_syncs(self) -> dict[str, GradientSync]:
+        """By phase: of all dense parameters under ddp, of those that sharding leaves whole else."""
+        if self.topology.world_size == 1:
+            return {}
+        found = {}
+        for phase in self._phases:
+            dense = [
+                p
+                for n, p in self._named()
+                if p.requires_grad
+                and n not in self._sparse
+                and self._group_of[n].phase == phase
+                and (self.mesh is None or n in self._whole)
+            ]
+            if dense:
+                found[phase] = GradientSync(dense)
+        return found
 
     # Training
 
@@ -186,6 +203,17 @@ class TorchEngine(SteppingEngine):
     def _called_networks(self) -> Mapping[str, nn.Module]:
         return self.networks
 
+    def _prepare(self, phase: str) -> None:
+        """Networks of other phases are frozen meanwhile: gradients of theirs would be computed and thrown away."""
+        self._sync = self._syncs.get(phase)
+        if len(self._phases) > 1:
+            for name, parameter in self._named():
+                group = self._group_of[name]
+                # What is sharded is not touched: it takes its first copy's word for good.
+                if self.mesh is None or name in self._whole:
+                    is_trained = group.algorithm != "frozen" and group.phase == phase
+                    parameter.requires_grad_(is_trained)
+
     def step(self, phase: str, learning_rate: float, loss: Tensor | None = None) -> StepResult:
         if self._sync is not None:
             self._sync.finish()
@@ -193,16 +221,20 @@ class TorchEngine(SteppingEngine):
         updates.refresh()
         sparse = self._exchange_sparse(phase)
         names, squares = self._squared_norms(updates, sparse)
-        grad_norm = squares.sum().sqrt()
+        grad_norm, alone = _norms_by_clip(updates, names, squares)
         keep, clip = self._decide(grad_norm, loss)
+        clips = {"": clip}
+        for group in updates.clipped_alone:
+            clips[group.name] = clip_factor(alone[group.name], group.clip_grad_norm)
+            keep = keep * torch.isfinite(alone[group.name])
         self._remember_withheld(phase, names, squares, keep)
         left_out = {group.name for group in updates.groups if self._is_left_out(group)}
-        updates.apply(learning_rate, keep, clip, sparse, left_out)
+        updates.apply(learning_rate, keep, clips, sparse, left_out)
         if phase in self.averages:
             idle = {n for g in updates.groups if g.name in left_out for n in g.parameters}
             self.averages[phase].update(keep, idle)
         updates.clear_gradients()
-        return StepResult(grad_norm, 1.0 - keep)
+        return StepResult(grad_norm, 1.0 - keep, alone)
 
     def _set_sync(self, *, is_last: bool) -> None:
         """Accumulate locally until the last micro-batch, so that only its backward communicates, unless memory is short."""
@@ -213,7 +245,8 @@ class TorchEngine(SteppingEngine):
                 network.set_requires_gradient_sync(is_last or self._reduces_each)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision.compute == "fp32" or self.mesh is not None:
+        # Sharding casts what it shards by itself; what it leaves whole is fp32.
+        if self.precision.compute == "fp32" or (self.mesh is not None and not self._whole):
             return contextlib.nullcontext()
         return torch.autocast(self.topology.device.type, dtype=torch.bfloat16)
 
@@ -234,13 +267,18 @@ class TorchEngine(SteppingEngine):
         self, updates: Updates, sparse: Mapping[str, Tensor]
     ) -> tuple[tuple[str, ...], Tensor]:
         """Collective: logical names, and () fp32 of each whole gradient; sharded parts are summed over the shards."""
-        dense = updates.dense_gradients()
+        # What is sharded comes first.
+        found = updates.dense_gradients().items()
+        dense = dict(sorted(found, key=lambda item: item[0] in self._whole))
         squares = torch.zeros(0, device=self.topology.device)
         if dense:
             squares = torch.stack(torch._foreach_norm(list(dense.values()))).square()  # type: ignore[attr-defined]
         if self.mesh is not None:
             # All of them and not only their sum: as fast, and the norm of each is known.
-            dist.all_reduce(squares, group=self.mesh.get_group(self.mesh.ndim - 1))
+            sharded = sum(name not in self._whole for name in dense)
+            if sharded:
+                group = self.mesh.get_group(self.mesh.ndim - 1)
+                dist.all_reduce(squares[:sharded], group=group)
         if sparse:
             rows = [gradient.values().float().square().sum() for gradient in sparse.values()]
             squares = torch.cat([squares, torch.stack(rows)])
@@ -335,6 +373,24 @@ def _row_group(ranks: int, topology: Topology) -> RowGroup | None:
         if first <= topology.rank < first + ranks:
             mine = group
     return RowGroup(topology.rank % ranks, ranks, mine)
+
+
+def _norms_by_clip(
+    updates: Updates, names: tuple[str, ...], squares: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """() norm of what is clipped together, and by name that of each group which is clipped alone."""
+    if not updates.clipped_alone:
+        return squares.sum().sqrt(), {}
+    group_of = {n: group.name for group in updates.clipped_alone for n in group.parameters}
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("", *group_of.values())}
+    for name, square in zip(names, squares.unbind(), strict=True):
+        parts[group_of.get(name, "")].append(square)
+    nothing = torch.zeros(1, device=squares.device)
+    norms = {
+        name: (torch.stack(found) if found else nothing).sum().sqrt()
+        for name, found in parts.items()
+    }
+    return norms.pop(""), norms
 
 
 def _gather_sparse(gradient: Tensor | None, parameter: Tensor, ranks: int) -> Tensor | None:

@@ -6,7 +6,7 @@ so its state is plain ranges too and goes into the checkpoint as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,17 @@ class Updates:
         self.dense = [group for group in self.groups if group.algorithm == "adamw"]
         self.sparse = [group for group in self.groups if group.algorithm == "row_sparse_adam"]
         self.members = {g.name: [locals_by_name[n] for n in g.parameters] for g in self.groups}
-        self.adamw = self._build_adamw() if self.dense else None
+        # What is clipped by itself has an optimizer of its own: a fused update has one clip.
+        self.clipped_alone = [group for group in self.dense if group.clip_grad_norm is not None]
+        together = [group for group in self.dense if group.clip_grad_norm is None]
+        self.adamw = {
+            name: self._build_adamw(groups)
+            for name, groups in [
+                ("", together),
+                *((group.name, [group]) for group in self.clipped_alone),
+            ]
+            if groups
+        }
         self.sparse_state = {
             item.name: {
                 "exp_avg": torch.zeros_like(item.leaf),
@@ -81,19 +91,20 @@ class Updates:
             group.name: torch.zeros((), device=first.device) for group in self.sparse
         }
 
-    def _build_adamw(self) -> torch.optim.AdamW:
+    def _build_adamw(self, dense: Sequence[ParameterGroup]) -> torch.optim.AdamW:
         c = self.config
         groups: list[dict[str, Any]] = [
             {
                 "params": [item.leaf for item in self.members[group.name]],
                 "weight_decay": c.weight_decay if group.weight_decay else 0.0,
                 "lr_scale": group.lr_scale,
+                "betas": group.betas or c.betas,
             }
-            for group in self.dense
+            for group in dense
         ]
         optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=c.betas, eps=c.eps, fused=True)
         # State from the start, so that a checkpoint can be loaded before the first step.
-        for group in self.dense:
+        for group in dense:
             for item in self.members[group.name]:
                 optimizer.state[item.leaf] = {
                     "step": torch.zeros((), device=item.leaf.device),
@@ -120,7 +131,7 @@ class Updates:
         self,
         lr: float,
         keep: Tensor,
-        clip: Tensor,
+        clips: Mapping[str, Tensor],
         sparse_gradients: Mapping[str, Tensor],
         left_out: Collection[str] = (),
     ) -> None:
@@ -129,7 +140,7 @@ class Updates:
         Args:
             lr: scheduled rate.
             keep: () 1, or 0 to withhold the update, moments and step counts included.
-            clip: () factor on every gradient.
+            clips: () factor on every gradient, by name of the groups that are clipped alone; of all others under "".
             sparse_gradients: coalesced, by logical name.
             left_out: names of groups that stay as they are.
         """
@@ -138,13 +149,13 @@ class Updates:
                 # To AdamW no gradient is another thing than zeros, which would still decay weights and follow momentum.
                 for item in self.members[group.name]:
                     item.leaf.grad = None
-        if self.adamw is not None:
-            for settings in self.adamw.param_groups:
+        for name, adamw in self.adamw.items():
+            for settings in adamw.param_groups:
                 settings["lr"] = lr * settings["lr_scale"]
             # The fused kernel divides by the scale and does nothing where inf was found: no host sync.
-            self.adamw.grad_scale = clip.reciprocal()  # type: ignore[attr-defined]
-            self.adamw.found_inf = 1.0 - keep  # type: ignore[attr-defined]
-            self.adamw.step()
+            adamw.grad_scale = clips[name].reciprocal()  # type: ignore[attr-defined]
+            adamw.found_inf = 1.0 - keep  # type: ignore[attr-defined]
+            adamw.step()
         for group in self.sparse:
             if group.name in left_out:
                 continue
@@ -157,7 +168,7 @@ class Updates:
                         self.sparse_state[item.name]["exp_avg"],
                         self.sparse_state[item.name]["exp_avg_sq"],
                         gradient.indices()[0],
-                        gradient.values() * clip,
+                        gradient.values() * clips[""],
                         step=self.sparse_steps[group.name].clamp_min(1),
                         lr=lr * group.lr_scale * self.config.sparse_lr_scale,
                         betas=self.config.betas,
@@ -175,15 +186,20 @@ class Updates:
         """`exp_avg` and `exp_avg_sq` of a parameter; empty where it is frozen."""
         if item.name in self.sparse_state:
             return self.sparse_state[item.name]
-        state = self.adamw.state.get(item.leaf) if self.adamw is not None else None
-        return {} if not state else {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+        state = self._state_of(item)
+        return {name: state[name] for name in ("exp_avg", "exp_avg_sq")} if state else {}
+
+    def _state_of(self, item: LocalParameter) -> dict[str, Tensor]:
+        for adamw in self.adamw.values():
+            if item.leaf in adamw.state:
+                return adamw.state[item.leaf]
+        return {}
 
     def step_counts(self) -> dict[str, int]:
         """Updates made by each group; waits for the device."""
         counts = {group.name: int(self.sparse_steps[group.name]) for group in self.sparse}
         for group in self.dense:
-            assert self.adamw is not None
-            counts[group.name] = int(self.adamw.state[self.members[group.name][0].leaf]["step"])
+            counts[group.name] = int(self._state_of(self.members[group.name][0])["step"])
         return counts
 
     def set_step_counts(self, counts: Mapping[str, int]) -> None:
@@ -192,6 +208,5 @@ class Updates:
             if group.name in self.sparse_steps:
                 self.sparse_steps[group.name].fill_(count)
                 continue
-            assert self.adamw is not None
             for item in self.members[group.name]:
-                self.adamw.state[item.leaf]["step"].fill_(count)
+                self._state_of(item)["step"].fill_(count)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -215,6 +215,7 @@ def _replay(session: _Session, step: int) -> ReplayReport:
 def _train(session: _Session, engine: Engine, plan: StepPlan) -> None:
     batches = session.batches(plan)
     counts = session.counts(batches)
+    session.task.begin_step(plan.step)
     for phase in session.task.phases(plan.step):
         sums = engine.forward_backward(phase, batches, counts)
         loss = _means(sums, counts, engine.count_of)["loss"]
@@ -230,6 +231,11 @@ def _means(
 
 
 def _replay_streamed(session: _Session, step: int) -> ReplayReport:
+    phases = session.task.phases(step)
+    if len(phases) > 1:
+        raise ConfigError(
+            f"step {step} has the phases {', '.join(phases)}, and --stream replays steps of one; leave it out"
+        )
     found = session.history.checkpoint_right_before(step)
     assert found.manifest is not None
     state = found.manifest.state
@@ -271,6 +277,7 @@ def _measure(
         )
         report.source_names = [source.name for source in session.data.sources]
         report.vocabulary = session.data.vocabulary
+    task.begin_step(plan.step)
     for phase in task.phases(plan.step):
         if options.reference and not isinstance(runner, StreamedNetworks):
             _compare_with_reference(report, runner, phase, batches[0], counts)
