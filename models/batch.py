@@ -31,9 +31,12 @@ __all__ = [
     "MODALITIES",
     "NEXT_STARTS_PATCH",
     "NOISE",
+    "PIXELS",
+    "RATIO",
     "TARGET_MODALITY",
     "TIMESTEPS",
     "PackedBatch",
+    "images_at",
     "positions_of",
     "targets_of",
 ]
@@ -46,6 +49,10 @@ a document always starts one; asked about the byte *after*, the last position of
 
 TARGET_MODALITY = "target_modality"
 """Side tensor of interleaved data: (T,) uint8, modality of the id each position predicts; 0 where it predicts none."""
+PIXELS = "pixels"
+"""Side tensor of pictures: (R, C, S, S) uint8, one a row."""
+RATIO = "ratio"
+"""Side tensor of pictures: (R,) uint8, an index into `images_at` of the ratios that the run has, finest first."""
 AFTER_IMAGE = "after_image"
 """Side tensor of interleaved data: (T,) bool, whether an image of its document ends at or before the position."""
 IMAGE_SPANS = "image_spans"
@@ -67,6 +74,11 @@ IMAGES = "images"
 """Host count: images of the batch, codes included."""
 CAPTION_TARGETS = "caption_targets"
 """Host count: counted text targets with an image before them in their document."""
+
+
+def images_at(ratio: int) -> str:
+    """Name of the host count of images at a ratio, in pixels a side of a latent's place."""
+    return f"images_{ratio}"
 
 
 def positions_of(modality: str) -> str:

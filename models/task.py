@@ -225,6 +225,10 @@ class Task(ABC):
         """() metrics of a step from `LossOutput.vectors`, summed over its micro-batches and all ranks; on their device."""
         return {}
 
+    def facts(self) -> dict[str, Any]:
+        """JSON-able, of files beside the data that steps depend on, such as their hashes; a run keeps to those it began with."""
+        return {}
+
     def base_weights(self, networks: Mapping[str, nn.Module]) -> list[BaseWeights]:
         """Parameters that other runs supply."""
         return []

@@ -91,6 +91,7 @@ class _Sums:
     """Values of single batches; they are added in one go at the end, without rounding in between."""
 
     terms: dict[str, list[float]] = field(default_factory=dict)
+    vectors: dict[str, list[float]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
     bytes: int = 0
@@ -102,13 +103,14 @@ class _Sums:
         counts = {name: self.counts.get(name, 0) + other.counts.get(name, 0) for name in names}
         return _Sums(
             terms,
+            _add_vectors(self.vectors, other.vectors),
             counts,
             self.tokens + other.tokens,
             self.bytes + other.bytes,
             self.specials + other.specials,
         )
 
-    def scores(self, *, has_bytes: bool) -> Scores:
+    def scores(self, task: Task, *, has_bytes: bool) -> Scores:
         means = {
             name: math.fsum(values) / max(1, self.counts[name])
             for name, values in self.terms.items()
@@ -117,6 +119,8 @@ class _Sums:
         loss = means.pop(first)
         bits = math.fsum(self.terms[first]) / math.log(2)
         known = has_bytes and self.bytes > 0
+        vectors = {name: torch.tensor(values) for name, values in self.vectors.items()}
+        means |= {name: float(value) for name, value in task.summarise(vectors).items()}
         return Scores(
             loss=loss,
             perplexity=math.exp(loss) if loss < 700 else math.inf,
@@ -183,9 +187,9 @@ def _evaluate_sources(
             return None
         found[source.name] = sums
     has_bytes = byte_lengths is not None
-    total = sum(found.values(), start=_Sums()).scores(has_bytes=has_bytes) if found else None
+    total = sum(found.values(), start=_Sums()).scores(task, has_bytes=has_bytes) if found else None
     return Evaluation(
-        {name: sums.scores(has_bytes=has_bytes) for name, sums in found.items()}, total
+        {name: sums.scores(task, has_bytes=has_bytes) for name, sums in found.items()}, total
     )
 
 
@@ -198,6 +202,7 @@ def _evaluate_batches(
 ) -> _Sums | None:
     sums = _Sums()
     totals: list[Tensor] = []
+    vectors: dict[str, Tensor] = {}
     for batch in batches:
         if _is_stop_agreed(engine, should_stop):
             return None
@@ -206,6 +211,8 @@ def _evaluate_batches(
         output = engine.evaluate(drawn.to(engine.topology.device))
         losses = {**output.terms, **output.metrics}
         totals.append(torch.stack([loss.total.detach().reshape(()) for loss in losses.values()]))
+        for name, vector in output.vectors.items():
+            vectors[name] = vectors[name] + vector if name in vectors else vector
         counts = task.counts(drawn)
         for name, loss in losses.items():
             sums.counts[name] = sums.counts.get(name, 0) + counts[loss.count]
@@ -214,6 +221,7 @@ def _evaluate_batches(
         sums.specials += _count_specials(batch, byte_lengths)
     columns = torch.stack(totals, dim=1).cpu().tolist()
     sums.terms = dict(zip(sums.counts, columns, strict=True))
+    sums.vectors = {name: vector.tolist() for name, vector in vectors.items()}
     return _gather(engine, sums)
 
 
@@ -223,6 +231,16 @@ def _gather(engine: Engine, sums: _Sums) -> _Sums:
     parts = engine.topology.gather_json([engine.data_rank, asdict(sums)])
     by_data_rank = {rank: _Sums(**part) for rank, part in parts}
     return sum(by_data_rank.values(), start=_Sums())
+
+
+def _add_vectors(
+    first: dict[str, list[float]], second: dict[str, list[float]]
+) -> dict[str, list[float]]:
+    both = {
+        name: [a + b for a, b in zip(first[name], second[name], strict=True)]
+        for name in first.keys() & second.keys()
+    }
+    return {**first, **second, **both}
 
 
 def _is_stop_agreed(engine: Engine, should_stop: Callable[[], bool] | None) -> bool:

@@ -60,7 +60,7 @@ def open_run(
     checkpoints = CheckpointManager(config.run_dir, config.checkpoint, topology, on_commit)
     state, is_new, known = TrainState(), True, {}
     if resume:
-        restored = restore(engine, checkpoints, data, config)
+        restored = restore(engine, checkpoints, data, config, task=task)
         if restored is not None:
             state, is_new, known = restored.train, False, restored.base_weights
     if is_new and config.checkpoint.start_from:
@@ -107,6 +107,7 @@ def open_run(
             "config_hash": config_hash(config),
             "engine_name": config.parallel.engine,
             "base_weights": base_weights,
+            "facts": task.facts(),
         },
         supervision=supervision,
         profiler=StepProfiler(config.train, config.run_dir, topology),
@@ -211,8 +212,17 @@ def restore(
     data: Dataset,
     config: TrainingConfig,
     path: Path | None = None,
+    *,
+    task: Task | None = None,
 ) -> Restored | None:
-    """Collective: a checkpoint into the engine, the newest sound one by default; None for a run that never saved."""
+    """Collective: a checkpoint into the engine, the newest sound one by default; None for a run that never saved.
+
+    Args:
+        task: whose facts must be those of the checkpoint; None does not ask.
+
+    Raises:
+        ConfigError: another seed, or another file than the run began with.
+    """
     path = path or checkpoints.find_latest()
     if path is None:
         if (config.run_dir / METRICS_FILE).exists():
@@ -224,6 +234,10 @@ def restore(
     if loaded.state["data"]["seed"] != config.run.seed:
         raise ConfigError(
             f"run.seed is {config.run.seed} but the run was started with {loaded.state['data']['seed']}; leave it as it was"
+        )
+    if task is not None and loaded.state.get("facts", {}) != (facts := task.facts()):
+        raise ConfigError(
+            f"the run depends on {loaded.state.get('facts', {})} and what is there now is {facts}; name the files it began with"
         )
     engine.load_scalar_state(loaded.state["engine"])
     known = {item.name for item in fields(TrainState)}
