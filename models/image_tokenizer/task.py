@@ -334,8 +334,9 @@ class ImageTokenizerTask(Task):
             values = self._reconstruction(x, made.float())
             total = values[0].sum()
         terms = {"reconstruction": LossTerm(total, IMAGES)}
-        metrics = {"pixel_error": LossTerm(values[1].sum(), IMAGES)}
+        metrics = {}
         if len(values) > 2:
+            metrics["pixel_error"] = LossTerm(values[1].sum(), IMAGES)
             metrics["perceptual"] = LossTerm(values[2].sum(), IMAGES)
         if is_training and self._has_adversary(self._step):
             gan, weights = self.config.adversarial, self._ratio_weights(sizes, x.device)
