@@ -50,9 +50,10 @@ a document always starts one; asked about the byte *after*, the last position of
 TARGET_MODALITY = "target_modality"
 """Side tensor of interleaved data: (T,) uint8, modality of the id each position predicts; 0 where it predicts none."""
 PIXELS = "pixels"
-"""Side tensor of pictures: (R, C, S, S) uint8, one a row."""
+"""Side tensor of image runs: (R, C, S, S) uint8, one picture a row, cropped and mirrored."""
 RATIO = "ratio"
-"""Side tensor of pictures: (R,) uint8, an index into `images_at` of the ratios that the run has, finest first."""
+"""Side tensor of image runs with several ratios: (R,) uint8, index of each image's ratio, 0 the finest. Host counts
+`images_8` and so on say how many there are."""
 AFTER_IMAGE = "after_image"
 """Side tensor of interleaved data: (T,) bool, whether an image of its document ends at or before the position."""
 IMAGE_SPANS = "image_spans"

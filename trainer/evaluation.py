@@ -211,14 +211,14 @@ def _evaluate_batches(
         output = engine.evaluate(drawn.to(engine.topology.device))
         losses = {**output.terms, **output.metrics}
         totals.append(torch.stack([loss.total.detach().reshape(()) for loss in losses.values()]))
-        for name, vector in output.vectors.items():
-            vectors[name] = vectors[name] + vector if name in vectors else vector
         counts = task.counts(drawn)
         for name, loss in losses.items():
             sums.counts[name] = sums.counts.get(name, 0) + counts[loss.count]
         sums.tokens += batch.target_count
         sums.bytes += batch.target_bytes
         sums.specials += _count_specials(batch, byte_lengths)
+        for name, vector in output.vectors.items():
+            vectors[name] = vectors[name] + vector if name in vectors else vector
     columns = torch.stack(totals, dim=1).cpu().tolist()
     sums.terms = dict(zip(sums.counts, columns, strict=True))
     sums.vectors = {name: vector.tolist() for name, vector in vectors.items()}

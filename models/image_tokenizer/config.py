@@ -180,13 +180,9 @@ class Config(Section):
     ratios: tuple[int, ...] | None = Field(
         None, description="of nested: pixels a side of a latent's place, finest first: [8, 16, 32]"
     )
-    assignment: Literal["scored", "mixed", "random", "every"] = Field(
-        "scored",
-        description="of nested, which ratio an image is trained at: the data's, that but with mix_share another, any, or all of them in each step",
-    )
-    mix_share: float = Field(0.1, ge=0, le=1, description="of assignment: mixed")
-    forced_ratio: int | None = Field(
-        None, description="of nested: all images at this ratio, whatever the assignment"
+    every_ratio: bool = Field(
+        False,
+        description="of nested: each image at all ratios in each step, instead of at the one that the data say",
     )
     quantizer: QuantizerConfig = Field(QuantizerConfig(), description="of kind: vq")
     latent: LatentConfig = Field(LatentConfig(), description="of kind: kl and nested")
@@ -226,10 +222,6 @@ class Config(Section):
                 raise ValueError(
                     f"the coarsest ratio is {self.ratios[-1]}, and {len(self.channels)} levels of channels end on {possible[-1]}"
                 )
-        if self.forced_ratio is not None and self.forced_ratio not in (self.ratios or ()):
-            raise ValueError(
-                f"forced_ratio {self.forced_ratio} is none of ratios {list(self.ratios or ())}"
-            )
         return self
 
     @property

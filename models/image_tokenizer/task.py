@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..batch import IMAGE_KEYS, IMAGES, PIXELS, RATIO, PackedBatch, images_at
@@ -28,7 +27,7 @@ from .perceptual import Perceptual, open_perceptual
 from .pixel_losses import adaptive_weight, attach_gradient, measure
 from .predictor import Predictor, causal_loss
 
-__all__ = ["POSTERIOR_NOISE", "ImageTokenizerTask", "build_task", "with_ratios"]
+__all__ = ["POSTERIOR_NOISE", "ImageTokenizerTask", "build_task"]
 
 POSTERIOR_NOISE = "posterior_noise"
 """Side tensor that `draw` adds: fp32, the noise (z, h, w) of each picture's latent, all of them flat and end to end,
@@ -174,27 +173,24 @@ class ImageTokenizerTask(Task):
         c, images = self.config, _count_images(batch)
         if c.ratios is None:
             return [images]
-        if c.forced_ratio is not None:
-            return [images * (r == c.forced_ratio) for r in c.ratios]
-        if c.assignment == "every":
+        if c.every_ratio:
             return [images] * len(c.ratios)
         sizes = [batch.host_counts.get(images_at(r), 0) for r in c.ratios]
         if sum(sizes) != images:
             raise DataError(
-                f"{images} pictures and ratios for {sum(sizes)}: the data say no ratio in {list(c.ratios)} for the others; score "
-                "them, or set model.assignment=random"
+                f"{images} pictures and ratios for {sum(sizes)}: the data say no ratio in {list(c.ratios)} for the others; set "
+                f"data.images.ratios.values={list(c.ratios)}"
             )
         return sizes
 
     # What is random
 
     def draw(self, batch: PackedBatch, seed: int) -> PackedBatch:
-        """Ratios where the assignment asks for chance, and noise of posteriors, from (seed, key of the image)."""
+        """Noise of posteriors, from (seed, key of the image)."""
         if self.config.kind == "vq":
             return batch
         keys = batch.side[IMAGE_KEYS][: _count_images(batch)].tolist()
         generators = [image_generator(seed, sample, image) for sample, image in keys]
-        batch = self._draw_ratios(batch, generators)
         sizes = self._sizes(batch)
         order = self._host_order(batch)
         strides = [
@@ -210,32 +206,11 @@ class ImageTokenizerTask(Task):
     def _latent_values(self, ratio: int) -> int:
         return self.config.latent_channels * self.config.side(ratio) ** 2
 
-    def _draw_ratios(
-        self, batch: PackedBatch, generators: Sequence[np.random.Generator]
-    ) -> PackedBatch:
-        c = self.config
-        if c.ratios is None or c.forced_ratio is not None or c.assignment in ("scored", "every"):
-            return batch
-        count = len(c.ratios)
-        if c.assignment == "random":
-            ratios = np.array([g.integers(count) for g in generators], np.uint8)
-        else:
-            if RATIO not in batch.side:
-                raise DataError(
-                    "the data have no ratios; score them, or set model.assignment=random"
-                )
-            ratios = batch.side[RATIO][: len(generators)].numpy().copy()
-            for row, generator in enumerate(generators):
-                coin, step = generator.random(), generator.integers(1, count) if count > 1 else 0
-                if coin < c.mix_share:
-                    ratios[row] = (ratios[row] + step) % count
-        return with_ratios(batch, ratios, c.ratios)
-
     def _host_order(self, batch: PackedBatch) -> list[int]:
         rows = list(range(_count_images(batch)))
-        if self.config.ratios is None or self.config.forced_ratio is not None:
+        if self.config.ratios is None:
             return rows
-        if self.config.assignment == "every":
+        if self.config.every_ratio:
             return rows * len(self.config.ratios)
         return np.argsort(batch.side[RATIO][: len(rows)].numpy(), kind="stable").tolist()
 
@@ -296,9 +271,9 @@ class ImageTokenizerTask(Task):
     def _order(self, batch: PackedBatch) -> Tensor | None:
         """(n,) int64, which row each sorted picture is; None where they are as they came."""
         c, images = self.config, _count_images(batch)
-        if c.ratios is None or c.forced_ratio is not None:
+        if c.ratios is None:
             return None
-        if c.assignment == "every":
+        if c.every_ratio:
             return torch.arange(images, device=batch.tokens.device).repeat(len(c.ratios))
         return batch.side[RATIO][:images].argsort(stable=True)
 
@@ -491,19 +466,6 @@ def _count_images(batch: PackedBatch) -> int:
 
 def _named(networks: Mapping[str, nn.Module], network: str) -> tuple[str, ...]:
     return tuple(f"{network}/{name}" for name, _ in networks[network].named_parameters())
-
-
-def with_ratios(batch: PackedBatch, ratios: NDArray[np.uint8], names: Sequence[int]) -> PackedBatch:
-    """The batch with its pictures at these ratios.
-
-    Args:
-        ratios: (R,) index into `names`.
-        names: the ratios there are.
-    """
-    sizes = np.bincount(ratios, minlength=len(names))
-    counts = {images_at(r): int(size) for r, size in zip(names, sizes, strict=True)}
-    side = {**batch.side, RATIO: torch.from_numpy(ratios)}
-    return replace(batch, side=side, host_counts={**batch.host_counts, **counts})
 
 
 def build_task(config: Config) -> ImageTokenizerTask:

@@ -149,7 +149,6 @@ def test_settings_that_do_not_fit() -> None:
         ({**SMALL, "groups": 3}, "not a multiple of groups 3"),
         ({**SMALL, "ratios": (2, 4)}, "belong to kind nested"),
         ({**NESTED, "crt": {}}, "crt regularises the latents of kind vq"),
-        ({**NESTED, "forced_ratio": 3}, "forced_ratio 3"),
         ({**SMALL, "reconstruction": {"perceptual": "vgg"}}, "none of off, file:PATH"),
     ):
         with pytest.raises(ValueError, match=told):

@@ -59,7 +59,6 @@ class StreamedNetworks:
         self.peak_bytes = self._held_bytes = 0
         self._gradients = _FileGradients()
         self._is_single = True
-        self.count_of: dict[str, str] = {}
         self._loaded: nn.Module | None = None
         self._names = {id(p): n for n, p in named_parameters(self.networks).items()}
         blocks = task.blocks(self.networks)
