@@ -261,7 +261,7 @@ def test_divergence_of_known_posteriors() -> None:
     parts = [
         v.square() + lv.exp() - 1 - lv for v, lv in zip(found.means, found.logvars, strict=True)
     ]
-    means = sum(float((p / 2).mean((1, 2, 3)).sum()) for p in parts)
+    means = sum(float((p / 2).detach().mean((1, 2, 3)).sum()) for p in parts)
     assert each.terms["kl"].total.item() == pytest.approx(means, rel=1e-4)
 
 
@@ -320,7 +320,7 @@ def test_data_that_do_not_fit_the_model() -> None:
 def test_rows_that_only_fill_a_round_count_for_nothing() -> None:
     for config in (small(crt=CAUSAL), small(NESTED)):
         task, networks = built(config)
-        empty = replace(pictures([1, 2]), target_count=0, host_counts={IMAGES: 0})
+        empty = replace(pictures([1, 2], ratios=[0, 0]), target_count=0, host_counts={IMAGES: 0})
         drawn = task.draw(empty, 0)
         assert not any(task.counts(drawn).values())
         with torch.no_grad():
