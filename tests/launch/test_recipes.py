@@ -105,6 +105,8 @@ def test_all_recipes_are_there() -> None:
         *(f"mixture-of-mamba/debug-{name}" for name in ("transfusion", "chameleon", "speech")),
         *(f"lmfusion/{name}" for name in ("debug", "debug-base", "8b", "8b-ablation")),
         "lmfusion/llava-next-8b",
+        *(f"crt/{name}" for name in ("vq16", "vq8", "baseline", "debug")),
+        *(f"cat/{name}" for name in ("ref", "debug")),
     }
 
 

@@ -110,6 +110,8 @@ def open_codec(config: ImageConfig) -> ImageCodec | None:
                 "(download the model there first)"
             )
         return open_vae(where, config) if name == "vae" else open_vq(where, config)
+    if name == "tokenizer":
+        return _open_tokenizer(folder, config)
     if config.size is None:
         raise ConfigError(
             f"data.interleaved.image.size: codec {name} has no size of its own; set it, such as "
@@ -118,3 +120,23 @@ def open_codec(config: ImageConfig) -> ImageCodec | None:
     if name == "pixels":
         return PixelCodec(config.size, config.channels)
     return GrayCodes(config.size, config.codes)
+
+
+def _open_tokenizer(folder: str, config: ImageConfig) -> ImageCodec:
+    """A run's own tokenizer, at its coarsest ratio."""
+    from ...tokenizer import TokenizerCodec, open_tokenizer
+
+    codec = TokenizerCodec(tokenizer := open_tokenizer(Path(folder).expanduser()))
+    if codec.kind != config.kind:
+        raise ConfigError(
+            f"data.interleaved.image.kind: {config.kind}, but the tokenizer {folder} makes {codec.kind}; set it to {codec.kind}"
+        )
+    if tokenizer.codes is not None and tokenizer.codes != config.codes:
+        raise ConfigError(
+            f"data.interleaved.image.codes: {config.codes}, but the codebook of {folder} has {tokenizer.codes}; set it to {tokenizer.codes}"
+        )
+    if config.size not in (None, codec.size):
+        raise ConfigError(
+            f"data.interleaved.image.size: {config.size}, but the tokenizer {folder} takes pictures of {codec.size}; leave it null"
+        )
+    return codec

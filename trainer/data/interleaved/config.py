@@ -13,6 +13,8 @@ __all__ = ["ImageConfig", "InterleavedConfig", "SpeechConfig"]
 
 SPECIAL_IDS = ("boi_id", "eoi_id", "bos_speech_id", "eos_speech_id")
 CODEC_KINDS = {"pixels": "latents", "gray-codes": "codes", "vae": "latents", "vq": "codes"}
+FOLDER_CODECS = ("vae", "vq", "tokenizer")
+"""Those of a folder; what a tokenizer makes is known when its run is opened."""
 
 
 class ImageConfig(Section):
@@ -24,7 +26,7 @@ class ImageConfig(Section):
     )
     codec: str | None = Field(
         "pixels",
-        description="pixels, gray-codes, vae:FOLDER or vq:FOLDER (diffusers, local); null where the data bring latents or codes",
+        description="pixels, gray-codes, vae:FOLDER or vq:FOLDER (diffusers, local), tokenizer:RUN (Weft's own); null where the data bring latents or codes",
     )
     size: int | None = Field(
         None,
@@ -62,16 +64,16 @@ class ImageConfig(Section):
         if value is None:
             return None
         name, _, folder = value.partition(":")
-        if name not in CODEC_KINDS or (name in ("vae", "vq")) != bool(folder):
+        if name not in {*CODEC_KINDS, *FOLDER_CODECS} or (name in FOLDER_CODECS) != bool(folder):
             raise ValueError(
-                f"{value!r} is none of pixels, gray-codes, vae:FOLDER, vq:FOLDER, null"
+                f"{value!r} is none of pixels, gray-codes, vae:FOLDER, vq:FOLDER, tokenizer:RUN, null"
             )
         return value
 
     @model_validator(mode="after")
     def _codec_of_kind(self) -> ImageConfig:
         if self.codec is not None:
-            makes = CODEC_KINDS[self.codec.partition(":")[0]]
+            makes = CODEC_KINDS.get(self.codec.partition(":")[0], self.kind)
             if makes != self.kind:
                 raise ValueError(f"codec {self.codec} makes {makes}, not {self.kind}")
         return self
