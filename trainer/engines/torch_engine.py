@@ -222,6 +222,9 @@ class TorchEngine(SteppingEngine):
         sparse = self._exchange_sparse(phase)
         names, squares = self._squared_norms(updates, sparse)
         grad_norm, alone = _norms_by_clip(updates, names, squares)
+        if len(updates.groups) == 1 and alone:
+            # The only group's norm is the phase's.
+            grad_norm = alone[updates.groups[0].name]
         keep, clip = self._decide(grad_norm, loss)
         clips = {"": clip}
         for group in updates.clipped_alone:
@@ -234,7 +237,7 @@ class TorchEngine(SteppingEngine):
             idle = {n for g in updates.groups if g.name in left_out for n in g.parameters}
             self.averages[phase].update(keep, idle)
         updates.clear_gradients()
-        return StepResult(grad_norm, 1.0 - keep, alone)
+        return StepResult(grad_norm, 1.0 - keep, alone if len(updates.groups) > 1 else {})
 
     def _set_sync(self, *, is_last: bool) -> None:
         """Accumulate locally until the last micro-batch, so that only its backward communicates, unless memory is short."""
