@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from ...models.section import Section
+from .images.config import ImagesConfig
 from .interleaved.config import InterleavedConfig
 
 __all__ = ["DataConfig", "HeldOutConfig", "RepeatFilterConfig", "SourceConfig"]
@@ -25,7 +26,7 @@ class SourceConfig(Section):
     path: str = Field(
         ...,
         min_length=1,
-        description="file, folder, glob, prepared dataset, or builtin:NAME (python-stdlib, digits-captions, shapes, spoken-digits)",
+        description="file, folder, glob, prepared dataset, or builtin:NAME (python-stdlib, digits-captions, shapes, spoken-digits; of images digits, photos, shapes-images)",
     )
     format: SourceFormat = Field("auto", description="how to read it; auto goes by the file names")
     text_key: str = Field(
@@ -91,10 +92,13 @@ class DataConfig(Section):
     sequence_length: int = Field(
         4096,
         ge=1,
-        description="positions of one sample, in tokens; 1 where images are what is counted",
+        description="positions of one sample, in tokens; 1 for images, of codes as many as an image has",
     )
     interleaved: InterleavedConfig | None = Field(
         None, description="documents of text, images and speech; null is text alone"
+    )
+    images: ImagesConfig | None = Field(
+        None, description="images with class labels; null is text, or data.interleaved"
     )
     packing: Literal["auto", "stream", "documents"] = Field(
         "auto",
@@ -126,6 +130,23 @@ class DataConfig(Section):
         return self.packing == "documents" or (
             self.packing == "auto" and self.interleaved is not None
         )
+
+    @model_validator(mode="after")
+    def _samples_fit(self) -> DataConfig:
+        if self.images is None:
+            if self.sequence_length < 2:
+                raise ValueError(
+                    f"sequence_length {self.sequence_length} leaves text no target; it is at least 2, or 1 with data.images"
+                )
+            return self
+        if self.interleaved is not None:
+            raise ValueError("set data.images or data.interleaved, not both; the other is null")
+        if self.images.kind != "codes" and self.sequence_length != 1:
+            raise ValueError(
+                f"sequence_length {self.sequence_length}: a sample of data.images is one image; set data.sequence_length=1 "
+                "(train.batch_tokens then counts images)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _images_in_documents(self) -> DataConfig:

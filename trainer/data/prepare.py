@@ -30,23 +30,27 @@ from numpy.typing import NDArray
 from ...models.errors import DataError
 from ..files import free_bytes, sync_directory
 from .config import HeldOutConfig, RepeatFilterConfig, SourceConfig
+from .images.config import ImagesConfig
+from .images.job import ImageJob
 from .interleaved.config import InterleavedConfig
 from .patches import PatchJob, write_patches
 from .shard_writer import UnitJob, unit_identity, write_unit
 from .shards import FORMAT_VERSION, MANIFEST, Manifest, Shard, content_fingerprint, read_manifest
-from .sources import INTERLEAVED_KINDS, Listing, Unit, list_inputs, plan_units
+from .sources import INTERLEAVED_KINDS, Listing, Unit, is_prepared_source, list_inputs, plan_units
 from .vocabulary import open_vocabulary
 
 if TYPE_CHECKING:
     from ...models.batch import PackedBatch
 
-__all__ = ["Preparation", "plan_preparation", "prepare_source"]
+__all__ = ["IMAGE_IDENTITY", "Preparation", "plan_preparation", "prepare_source"]
 
 # Below this a pool of processes costs more than it saves.
 POOL_FROM_BYTES = 32 << 20
 PARENT_LOOK_S = 1.0
 SPARE_BYTES = 16 << 20
 LARGEST_HELD_OUT_SHARE = 10
+IMAGE_IDENTITY = {"kind": "images", "size": 0}
+"""Of data whose samples are no text: what stands where others have their vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Preparation:
     Args:
         key: hash of the inputs (names, sizes, times) and of every setting that changes the result.
         patches: patches to store with the ids, or None.
+        max_bad_share: of images: refuse more unreadable ones.
     """
 
     listing: Listing
@@ -63,6 +68,7 @@ class Preparation:
     job: UnitJob
     key: str
     patches: PatchJob | None = None
+    max_bad_share: float = 0.0
 
 
 def plan_preparation(
@@ -74,15 +80,19 @@ def plan_preparation(
     drop_repetitive: bool = False,
     patches: PatchJob | None = None,
     interleaved: InterleavedConfig | None = None,
+    images: ImagesConfig | None = None,
 ) -> Preparation:
     """List the inputs and cut them into units.
 
     Args:
         interleaved: how documents of several modalities are encoded; sources of text alone take no notice.
+        images: how images with classes are read; None for documents.
 
     Raises:
         DataError: nothing to read, or it cannot be read.
     """
+    if images is not None and not is_prepared_source(source):
+        return _plan_images(source, held_out, images)
     listing = list_inputs(source)
     settings = _interleaved_of(source, listing, interleaved)
     if settings is not None and patches is not None:
@@ -107,6 +117,37 @@ def plan_preparation(
         parts.append(patches.identity())
     payload = json.dumps(parts, sort_keys=True)
     return Preparation(listing, units, job, hashlib.sha256(payload.encode()).hexdigest(), patches)
+
+
+def _plan_images(
+    source: SourceConfig, held_out: HeldOutConfig, images: ImagesConfig
+) -> Preparation:
+    from .images.reading import list_images, plan_image_units
+
+    found = list_images(source)
+    listing = found.listing
+    job = UnitJob(
+        kind=listing.kind,
+        text_key="",
+        token_dtype="",
+        vocabulary="",
+        vocabulary_identity=IMAGE_IDENTITY,
+        repeats=None,
+        held_out=held_out,
+        images=ImageJob(
+            found.classes,
+            images.image_key,
+            images.label_key,
+            images.caption_key,
+            held_out.documents,
+        ),
+    )
+    inputs = [[file.name, file.size, file.mtime_ns] for file in listing.files]
+    payload = json.dumps([FORMAT_VERSION, job.identity(), inputs], sort_keys=True)
+    key = hashlib.sha256(payload.encode()).hexdigest()
+    return Preparation(
+        listing, plan_image_units(listing), job, key, max_bad_share=images.max_bad_share
+    )
 
 
 def _interleaved_of(
@@ -198,6 +239,7 @@ def _leave_only(folder: Path, manifest: Manifest) -> None:
         *(shard.ids for shard in manifest.shards),
         *(name for shard in manifest.shards for name, _, _ in shard.files()),
         *((manifest.interleaved or {}).get("files") or {}),
+        *((manifest.images or {}).get("files") or {}),
     }
     for path in folder.iterdir():
         if path.name not in wanted:
@@ -384,8 +426,15 @@ def _finish(preparation: Preparation, partial: Path) -> Manifest:
     shards = tuple(Shard(**record["shard"]) for record in kept)
     held_out = _choose_held_out(kept, preparation.job.held_out.documents)
     job = preparation.job
-    identity, interleaved = job.vocabulary_identity, None
-    if job.interleaved is not None:
+    identity, interleaved, images = job.vocabulary_identity, None, None
+    if job.images is not None:
+        from .images.writer import join_image_records
+
+        title, share = preparation.listing.title, preparation.max_bad_share
+        images = join_image_records(records, job.images.classes, title, share, partial)
+        content = {"classes": images["classes"]}
+        fingerprint = content_fingerprint(identity, shards, held_out, images=content)
+    elif job.interleaved is not None:
         from .interleaved.manifest import content_of, join_records
 
         interleaved = join_records(kept, job.vocabulary, job.interleaved)
@@ -404,6 +453,7 @@ def _finish(preparation: Preparation, partial: Path) -> Manifest:
         dropped=dropped,
         fingerprint=fingerprint,
         interleaved=interleaved,
+        images=images,
     )
 
 

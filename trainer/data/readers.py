@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 from ...models.errors import DataError, LaunchError
 from .sources import InputFile, Unit
 
-__all__ = ["Document", "count_row_groups", "line_number", "read_documents", "read_lines"]
+__all__ = [
+    "Document",
+    "count_row_groups",
+    "import_pyarrow",
+    "line_number",
+    "open_parquet",
+    "read_documents",
+    "read_lines",
+]
 
 LOOK_FOR_NUL_BYTES = 8192
 COMPRESSED_BLOCK_BYTES = 1 << 17
@@ -184,7 +192,12 @@ def line_number(file: InputFile, position: int) -> int:
     return lines
 
 
-def _import_pyarrow(file: InputFile) -> Any:
+def import_pyarrow(file: InputFile) -> Any:
+    """The package, with what reads Parquet.
+
+    Raises:
+        LaunchError: it is missing.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -196,8 +209,13 @@ def _import_pyarrow(file: InputFile) -> Any:
     return pyarrow
 
 
-def _open_parquet(file: InputFile) -> Any:
-    arrow = _import_pyarrow(file)
+def open_parquet(file: InputFile) -> Any:
+    """The file as pyarrow's `ParquetFile`.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    arrow = import_pyarrow(file)
     try:
         return arrow.parquet.ParquetFile(file.path)
     except (arrow.ArrowInvalid, EOFError) as error:
@@ -209,14 +227,14 @@ def _open_parquet(file: InputFile) -> Any:
 
 def count_row_groups(file: InputFile) -> int:
     """Row groups of a Parquet file: the smallest parts that can be read alone."""
-    with _open_parquet(file) as table:
+    with open_parquet(file) as table:
         return int(table.num_row_groups)
 
 
 def _read_parquet(unit: Unit, text_key: str) -> Iterator[Document]:
     file = unit.files[0]
-    arrow = _import_pyarrow(file)
-    with _open_parquet(file) as table:
+    arrow = import_pyarrow(file)
+    with open_parquet(file) as table:
         _check_column(arrow, file, table.schema_arrow, text_key)
         for group in range(unit.start, unit.stop):
             try:

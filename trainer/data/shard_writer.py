@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ...models.errors import DataError
 from .config import HeldOutConfig, RepeatFilterConfig
 from .hashed_file import HashedFile, write_hashed
+from .images.job import ImageJob
 from .interleaved.config import InterleavedConfig
 from .readers import Document, read_documents
 from .repeats import find_repetitive_rows
@@ -47,6 +48,7 @@ class UnitJob:
     Args:
         interleaved: how documents of several modalities are encoded; None for text.
         codec: identity of the image codec, where there is one.
+        images: how images with classes are read; None for documents.
     """
 
     kind: str
@@ -58,6 +60,7 @@ class UnitJob:
     held_out: HeldOutConfig
     interleaved: InterleavedConfig | None = None
     codec: dict[str, Any] | None = None
+    images: ImageJob | None = None
 
     def identity(self) -> dict[str, Any]:
         """JSON-able settings that change the result; not where the tokenizer or the codec lies."""
@@ -78,12 +81,16 @@ class UnitJob:
                 "speech": settings.speech.model_dump(),
                 "special_ids": settings.special_ids(),
             }
+        if self.images is not None:
+            identity["images"] = asdict(self.images)
         return identity
 
     def expansion(self) -> float:
         """Bytes written for a byte of input, about."""
         if self.kind == "tokens":
             return 0.05
+        if self.images is not None:
+            return 1.05
         id_bytes = 2.0 if self.vocabulary_identity["size"] <= 1 << 16 else 4.0
         ids_per_byte = 1.0 if self.vocabulary_identity["kind"] == "bytes" else 0.4
         return id_bytes * ids_per_byte * (1.0 if self.kind == "text" else COMPRESSION_ALLOWANCE)
@@ -127,6 +134,10 @@ def write_unit(job: UnitJob, unit: Unit, folder: Path) -> None:
 
 
 def _encode(job: UnitJob, unit: Unit, folder: Path) -> Found:
+    if job.images is not None:
+        from .images.writer import store_images
+
+        return store_images(job, unit, folder)
     if job.interleaved is not None:
         # Text alone needs no image library.
         from .interleaved.writer import encode_interleaved

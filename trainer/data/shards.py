@@ -5,6 +5,8 @@
     DIR/shard_00000.patches one bit an id, where patches were stored: see patches.py
     DIR/shard_00000.spans   interleaved documents: int64 (start, length, modality, image number) of what is no text
     DIR/shard_00000.latents interleaved documents: raw float16 or float32 latents, image after image
+    DIR/shard_00000.rows    images: class, height, width and SHA-256 of each; its .ids are the bytes of their files
+    DIR/shard_00000.names   images: a JSON line of name and caption each
     DIR/manifest.json       counts and SHA-256 of every shard, vocabulary, held-out documents,
     fingerprint
 
@@ -29,6 +31,7 @@ from .token_files import TokenLayout, open_ids
 
 __all__ = [
     "FORMAT_VERSION",
+    "IMAGE_ROW",
     "MANIFEST",
     "Manifest",
     "Shard",
@@ -43,7 +46,11 @@ PATCHES_VERSION = 2
 """Of a dataset with stored patches; one without them is written, and known, as it was before there were any."""
 INTERLEAVED_VERSION = 3
 """Of a dataset with images or speech."""
-VERSIONS = (FORMAT_VERSION, PATCHES_VERSION, INTERLEAVED_VERSION)
+IMAGES_VERSION = 4
+"""Of a dataset of images with classes, whose ids are the bytes of their files."""
+VERSIONS = (FORMAT_VERSION, PATCHES_VERSION, INTERLEAVED_VERSION, IMAGES_VERSION)
+IMAGE_ROW = np.dtype([("label", "<i8"), ("height", "<i4"), ("width", "<i4"), ("sha256", "V32")])
+"""What is known of an image beside its file; a label of -1 is none."""
 SPAN_COLUMNS = 4
 MANIFEST = "manifest.json"
 
@@ -66,6 +73,9 @@ class Shard:
         latents: file name of the latents; empty where there are none.
         images: images of the shard.
         latent_bytes: size of the latents' file.
+        rows: file name of what is known of each image; empty where documents are no images.
+        names: file name of the images' names and captions.
+        name_bytes: its size.
     """
 
     ids: str
@@ -87,6 +97,11 @@ class Shard:
     latents_sha256: str = ""
     latent_bytes: int = 0
     images: int = 0
+    rows: str = ""
+    rows_sha256: str = ""
+    names: str = ""
+    names_sha256: str = ""
+    name_bytes: int = 0
 
     def open_ids(self, folder: Path) -> NDArray[Any]:
         """(tokens,) memory-mapped."""
@@ -113,6 +128,16 @@ class Shard:
         layout = TokenLayout(np.dtype(dtype).str, 0, self.latent_bytes // np.dtype(dtype).itemsize)
         return open_ids(str(folder / self.latents), layout).reshape(-1, *shape)
 
+    def open_rows(self, folder: Path) -> NDArray[Any]:
+        """(documents,) of `IMAGE_ROW`, memory-mapped."""
+        size = self.documents * IMAGE_ROW.itemsize
+        return open_ids(str(folder / self.rows), TokenLayout("|u1", 0, size)).view(IMAGE_ROW)
+
+    def read_names(self, folder: Path) -> list[tuple[str, str | None]]:
+        """(name, caption) of each image."""
+        with open(folder / self.names, encoding="utf-8") as lines:
+            return [(name, caption) for name, caption in map(json.loads, lines)]
+
     def files(self) -> list[tuple[str, int, str]]:
         """(name, bytes, SHA-256) of each of its files but the ids, which may lie elsewhere."""
         found = [(self.ends, self.documents * 8, self.ends_sha256)]
@@ -122,11 +147,14 @@ class Shard:
             found.append((self.spans, self.span_count * SPAN_COLUMNS * 8, self.spans_sha256))
         if self.latents:
             found.append((self.latents, self.latent_bytes, self.latents_sha256))
+        if self.rows:
+            found.append((self.rows, self.documents * IMAGE_ROW.itemsize, self.rows_sha256))
+            found.append((self.names, self.name_bytes, self.names_sha256))
         return found
 
     def dump(self) -> dict[str, Any]:
         """JSON-able; what is not there is left out."""
-        optional = ("patches", "spans", "latents", "images", "latent_bytes")
+        optional = ("patches", "spans", "latents", "images", "latent_bytes", "rows", "name")
         return {
             name: value
             for name, value in asdict(self).items()
@@ -144,6 +172,7 @@ class Manifest:
         dropped: documents left out, by reason.
         patches: identity of the patcher, the length of its rows included; None where no patches are stored.
         interleaved: what is stored of images and speech, see `interleaved/manifest.py`; None for text alone.
+        images: classes and counts of a dataset of images, see `images/writer.py`; None for any other.
     """
 
     plan: str
@@ -156,6 +185,7 @@ class Manifest:
     fingerprint: str = ""
     patches: dict[str, Any] | None = None
     interleaved: dict[str, Any] | None = None
+    images: dict[str, Any] | None = None
 
     @property
     def tokens(self) -> int:
@@ -172,9 +202,10 @@ class Manifest:
     def write(self, folder: Path) -> None:
         version = FORMAT_VERSION if self.patches is None else PATCHES_VERSION
         version = version if self.interleaved is None else INTERLEAVED_VERSION
+        version = version if self.images is None else IMAGES_VERSION
         data = {"format": FORMAT, "version": version, **asdict(self)}
         data["shards"] = [shard.dump() for shard in self.shards]
-        for name in ("patches", "interleaved"):
+        for name in ("patches", "interleaved", "images"):
             if data[name] is None:
                 del data[name]
         data["totals"] = {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
@@ -187,9 +218,13 @@ def content_fingerprint(
     held_out: object,
     patches: Mapping[str, Any] | None = None,
     interleaved: Mapping[str, Any] | None = None,
+    images: Mapping[str, Any] | None = None,
 ) -> str:
     """SHA-256 over what training sees: ids, document ends, what is held out, what the ids mean,
     stored patches with who made them, and what is stored of images and speech.
+
+    Args:
+        images: names of the classes, of a dataset of images.
     """
     content = [
         [shard.ids_sha256, shard.ends_sha256, shard.dtype] for shard in shards if shard.tokens
@@ -202,6 +237,8 @@ def content_fingerprint(
             dict(interleaved),
             [[s.spans_sha256, s.latents_sha256] for s in shards if s.tokens],
         ]
+    if images is not None:
+        parts += [dict(images), [shard.rows_sha256 for shard in shards if shard.tokens]]
     payload = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
 
@@ -240,6 +277,7 @@ def read_manifest(folder: Path) -> Manifest:
         held_out=held_out,
         patches=data.get("patches"),
         interleaved=data.get("interleaved"),
+        images=data.get("images"),
         **{name: data[name] for name in names},
     )
     _check_sizes(folder, shards)

@@ -17,7 +17,19 @@ from pathlib import Path
 from ...models.errors import DataError
 from .config import SourceConfig
 
-__all__ = ["INTERLEAVED_KINDS", "InputFile", "Listing", "Unit", "list_inputs", "plan_units"]
+__all__ = [
+    "INTERLEAVED_KINDS",
+    "InputFile",
+    "Listing",
+    "Unit",
+    "distinct_names",
+    "group_files",
+    "is_prepared_source",
+    "list_inputs",
+    "plan_units",
+    "stat_file",
+    "walk_files",
+]
 
 SMALLEST_UNIT_BYTES = 1 << 20
 LARGEST_UNIT_BYTES = 64 << 20
@@ -109,18 +121,16 @@ def list_inputs(source: SourceConfig) -> Listing:
     if source.path.startswith("builtin:"):
         return _list_builtin(source)
     path = Path(source.path).expanduser()
-    if source.format == "prepared" or (
-        source.format == "auto" and (path / "manifest.json").is_file()
-    ):
+    if is_prepared_source(source):
         return Listing("prepared", source.path, ())
     if glob.has_magic(source.path) and not path.exists():
         matches = sorted(glob.glob(str(path), recursive=True), key=os.fsencode)
         paths = [
             (Path(match), os.path.basename(match)) for match in matches if os.path.isfile(match)
         ]
-        paths = _with_distinct_names(paths)
+        paths = distinct_names(paths)
     elif path.is_dir():
-        paths = list(_walk(path))
+        paths = list(walk_files(path))
     elif path.exists() or path.is_symlink():
         paths = [(path, path.name)]
     else:
@@ -130,7 +140,13 @@ def list_inputs(source: SourceConfig) -> Listing:
     return _build_listing(source, paths)
 
 
-def _with_distinct_names(paths: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
+def is_prepared_source(source: SourceConfig) -> bool:
+    """Whether the path is a folder that `weft data prepare` or `weft data encode` made, or is said to be one."""
+    has_manifest = (Path(source.path).expanduser() / "manifest.json").is_file()
+    return source.format == "prepared" or (source.format == "auto" and has_manifest)
+
+
+def distinct_names(paths: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
     """Glob matches are named by the path below their common folder."""
     if len(paths) < 2:
         return paths
@@ -138,7 +154,7 @@ def _with_distinct_names(paths: list[tuple[Path, str]]) -> list[tuple[Path, str]
     return [(path, path.relative_to(top).as_posix()) for path, _ in paths]
 
 
-def _walk(root: Path, left_out: Iterable[str] = ("__pycache__",)) -> Iterator[tuple[Path, str]]:
+def walk_files(root: Path, left_out: Iterable[str] = ("__pycache__",)) -> Iterator[tuple[Path, str]]:
     """Files under a folder in the byte order of their relative paths, without hidden ones."""
     unwanted, found = set(left_out), []
     for folder, folders, names in os.walk(root, onerror=_cannot_list):
@@ -167,7 +183,7 @@ def _build_listing(source: SourceConfig, paths: list[tuple[Path, str]]) -> Listi
     if source.extensions:
         wanted = tuple("." + ending.lstrip(".") for ending in source.extensions)
         paths = [(path, name) for path, name in paths if name.endswith(wanted)]
-    files = tuple(_stat(path, name) for path, name in paths)
+    files = tuple(stat_file(path, name) for path, name in paths)
     if not any(file.size for file in files):
         limit = f" ending in {', '.join(source.extensions)}" if source.extensions else ""
         raise DataError(
@@ -198,7 +214,12 @@ def _tell_kind(source: SourceConfig, names: list[str]) -> str:
     return kinds.pop()
 
 
-def _stat(path: Path, name: str) -> InputFile:
+def stat_file(path: Path, name: str) -> InputFile:
+    """A file as it is now.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         info = path.stat()
     except OSError as error:
@@ -223,7 +244,7 @@ def _list_builtin(source: SourceConfig) -> Listing:
     root = Path(sysconfig.get_path("stdlib"))
     paths = [
         (path, relative)
-        for path, relative in _walk(root, STDLIB_LEFT_OUT | {"__pycache__"})
+        for path, relative in walk_files(root, STDLIB_LEFT_OUT | {"__pycache__"})
         # The build's own settings differ between two installs of one version.
         if relative.endswith(".py") and not relative.startswith("_sysconfigdata")
     ]
@@ -232,7 +253,7 @@ def _list_builtin(source: SourceConfig) -> Listing:
             f"the Python standard library at {root} has no .py sources; use a Python that ships "
             "them"
         )
-    return Listing("text", source.path, tuple(_stat(path, relative) for path, relative in paths))
+    return Listing("text", source.path, tuple(stat_file(path, relative) for path, relative in paths))
 
 
 def plan_units(listing: Listing, token_dtype: str = "uint32") -> list[Unit]:
@@ -244,7 +265,7 @@ def plan_units(listing: Listing, token_dtype: str = "uint32") -> list[Unit]:
     if listing.kind == "builtin":
         aim = BUILTIN_UNIT_DOCUMENTS * BUILTIN_DOCUMENT_BYTES
     if listing.kind == "text":
-        return _group_files(listing.files, aim)
+        return group_files(listing.files, aim)
     units: list[Unit] = []
     for file in listing.files:
         if file.size:
@@ -275,7 +296,8 @@ def _length(kind: str, file: InputFile, token_dtype: str) -> int:
     return 0 if file.path.endswith((".gz", ".zst")) else file.size
 
 
-def _group_files(files: tuple[InputFile, ...], aim: int) -> list[Unit]:
+def group_files(files: tuple[InputFile, ...], aim: int) -> list[Unit]:
+    """Neighbours together until they have `aim` bytes."""
     units: list[Unit] = []
     group: list[InputFile] = []
     held = 0

@@ -20,7 +20,15 @@ from ....models.errors import DataError, LaunchError
 from .config import InterleavedConfig
 from .documents import InterleavedDocument, Part
 
-__all__ = ["INTERLEAVED_BUILTINS", "BuiltinDocuments", "open_builtin"]
+__all__ = [
+    "DIGIT_IMAGES",
+    "DIGIT_NAMES",
+    "INTERLEAVED_BUILTINS",
+    "BuiltinDocuments",
+    "load_digits",
+    "open_builtin",
+    "read_parameters",
+]
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_IMAGES = 1797
@@ -223,10 +231,20 @@ def open_builtin(path: str) -> BuiltinDocuments:
         DataError: an unknown name, or a parameter that it has not.
         LaunchError: a program or package it needs is missing.
     """
-    name, _, rest = path.removeprefix("builtin:").partition(":")
+    name = path.removeprefix("builtin:").partition(":")[0]
     maker = INTERLEAVED_BUILTINS[name]
+    return maker(**read_parameters(path, maker))  # type: ignore[no-any-return]
+
+
+def read_parameters(path: str, maker: Any) -> dict[str, Any]:
+    """What stands behind the name in `builtin:NAME:key=value,...`, as the types of the maker's defaults.
+
+    Raises:
+        DataError: a parameter that the maker has not, or no number where one belongs.
+    """
+    name, _, rest = path.removeprefix("builtin:").partition(":")
     known = _parameters(maker)
-    given: dict[str, float] = {}
+    given: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         key, _, value = item.partition("=")
         if key not in known:
@@ -235,7 +253,7 @@ def open_builtin(path: str) -> BuiltinDocuments:
             given[key] = type(known[key])(value)
         except ValueError as error:
             raise DataError(f"{path}: {key} is {value!r}, not a number") from error
-    return maker(**given)  # type: ignore[no-any-return]
+    return given
 
 
 def _parameters(maker: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ..readers import line_number, read_lines
 from ..sources import Unit
 from .images import decode_image
 
-__all__ = ["InterleavedDocument", "Part", "read_interleaved"]
+__all__ = ["IMAGE_ENDINGS", "InterleavedDocument", "Part", "read_interleaved", "tar_samples"]
 
 PART_KINDS = ("text", "image", "latent", "image_codes", "speech_codes")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -153,7 +153,7 @@ def _read_tar(unit: Unit) -> Iterator[InterleavedDocument]:
     try:
         # "r:*" also opens what is packed with gzip; members come in the order of the file.
         with tarfile.open(file.path, "r:*") as archive:
-            for key, members in _samples(archive):
+            for key, members in tar_samples(archive):
                 yield _document_of_sample(file.path, file.name, key, members)
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
@@ -161,7 +161,7 @@ def _read_tar(unit: Unit) -> Iterator[InterleavedDocument]:
         ) from error
 
 
-def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
+def tar_samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, members by name) of neighbours that share the name up to the first dot of its last part."""
     key: str | None = None
     members: dict[str, bytes] = {}
