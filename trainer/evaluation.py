@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..models.batch import IGNORED, PackedBatch
+from ..models.batch import IGNORED, STAND_IN, PackedBatch
 from ..models.task import Task
 from .data.dataset import Dataset
 from .data.loader import held_out_batches
@@ -210,10 +210,15 @@ def _evaluate_batches(
         drawn = task.draw(batch, DRAW_SEED)
         output = engine.evaluate(drawn.to(engine.topology.device))
         losses = {**output.terms, **output.metrics}
-        totals.append(torch.stack([loss.total.detach().reshape(()) for loss in losses.values()]))
+        values = torch.stack([loss.total.detach().reshape(()) for loss in losses.values()])
+        # A rank without images left ran one again for the others' sake; it counts for nothing.
+        weight = 0 if batch.host_counts.get(STAND_IN) else 1
+        totals.append(values if weight else torch.zeros_like(values))
         counts = task.counts(drawn)
         for name, loss in losses.items():
-            sums.counts[name] = sums.counts.get(name, 0) + counts[loss.count]
+            sums.counts[name] = sums.counts.get(name, 0) + weight * counts[loss.count]
+        if not weight:
+            continue
         sums.tokens += batch.target_count
         sums.bytes += batch.target_bytes
         sums.specials += _count_specials(batch, byte_lengths)

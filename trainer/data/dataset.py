@@ -21,6 +21,10 @@ from ...models.errors import DataError, WeftError
 from ...models.modalities import MODALITIES
 from .config import DataConfig, SourceConfig
 from .document_rows import DocumentRows, ShardArrays
+from .images.encoded_rows import EncodedRows
+from .images.rows import ImageRows
+from .images.source_opening import ImageData, folder_fingerprint, open_images
+from .images.vocabulary import ImageVocabulary
 from .interleaved.layout import ImageLayout, join_layouts
 from .interleaved.manifest import check_interleaved
 from .interleaved.vocabulary import InterleavedVocabulary, open_interleaved
@@ -28,6 +32,7 @@ from .order import SampleOrder, SourceShare
 from .patches import BitStream, check_same_patcher, open_bits
 from .prepare import plan_preparation, prepare_source
 from .shards import Manifest, read_manifest
+from .sources import is_prepared_source
 from .spans import document_span, open_spans, split_spans
 from .stream import TokenStream
 from .vocabulary import Vocabulary
@@ -40,7 +45,11 @@ __all__ = ["Dataset", "Source", "cache_folder", "open_data"]
 # Well below any collective's time limit, so that ranks that wait for a long preparation live.
 HEARTBEAT_S = 20.0
 BASIC_PARTS = ("vocabulary", "sequence_length", "repeat_filter")
-"""Of the fingerprint of any data; others are there where the data are interleaved, or packed by documents."""
+"""Of the fingerprint of any data; others are there where the data are interleaved, packed by documents, or images."""
+OTHER_PARTS = ("packing", "interleaved", "latents", "images", "tokenizer", "scores")
+
+
+Rows = TokenStream | DocumentRows | ImageRows | EncodedRows
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Source:
     """One prepared source.
 
     Args:
-        train: ids that are trained on: a stream that rows are cut from, or rows of whole documents.
+        train: what is trained on: a stream of ids that rows are cut from, rows of whole documents, or images.
         held_out: ids of the documents kept for evaluation, alike.
         sequences: samples of one pass.
         train_patches, held_out_patches: stored patch starts of the same positions; None where there are none.
@@ -59,8 +68,8 @@ class Source:
     config: SourceConfig
     folder: Path
     manifest: Manifest
-    train: TokenStream | DocumentRows
-    held_out: TokenStream | DocumentRows
+    train: Rows
+    held_out: Rows
     sequences: int
     train_patches: BitStream | None = None
     held_out_patches: BitStream | None = None
@@ -85,8 +94,16 @@ class Source:
 class Dataset:
     """All sources of a run, and what they were when it started."""
 
-    def __init__(self, config: DataConfig, vocabulary: Vocabulary, sources: list[Source]) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        vocabulary: Vocabulary,
+        sources: list[Source],
+        image_data: ImageData | None = None,
+    ) -> None:
         self.config = config
+        self.image_data = image_data
+        """Of an image run: classes, ratios, and the tokenizer where images are encoded; None of any other."""
         self.vocabulary = vocabulary
         self.sources = sources
         self.sequence_length = config.sequence_length
@@ -141,9 +158,10 @@ class Dataset:
         Raises:
             DataError: documents of several modalities, which raw text does not stand for.
         """
-        if self.config.interleaved is not None:
+        if self.config.interleaved is not None or self.config.images is not None:
+            held = "data.interleaved" if self.config.images is None else "data.images"
             raise DataError(
-                "held-out text can only be exchanged where all is text, and data.interleaved is set"
+                f"held-out text can only be exchanged where all is text, and {held} is set"
             )
         sources = []
         for source in self.sources:
@@ -186,6 +204,10 @@ class Dataset:
             more["interleaved"] = self.config.interleaved.order_settings()
         if self.images is not None and self.images.kind == "latents":
             more["latents"] = {"scale": self.images.scale, "shift": self.images.shift}
+        if self.config.images is not None and self.image_data is not None:
+            more["images"] = self.config.images.order_settings()
+            more["tokenizer"] = {"fingerprint": self.image_data.tokenizer}
+            more["scores"] = {"identity": self.image_data.scores}
         return more | {
             "vocabulary": self.vocabulary.identity(),
             "sequence_length": self.sequence_length,
@@ -217,7 +239,7 @@ class Dataset:
 
 
 def _changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
-    for key in (*BASIC_PARTS, "packing", "interleaved", "latents"):
+    for key in (*BASIC_PARTS, *OTHER_PARTS):
         if saved.get(key) != found.get(key):
             label = key.replace("_", " ")
             yield f"{label} was {_short(saved.get(key))} and is {_short(found.get(key))}"
@@ -262,29 +284,69 @@ def open_data(config: DataConfig, topology: Topology | None = None) -> Dataset:
             "data.sources is empty; name at least one, such as {name: code, path: "
             "builtin:python-stdlib}"
         )
-    vocabulary = open_interleaved(config.vocabulary, config.interleaved)
+    vocabulary: Vocabulary = (
+        ImageVocabulary()
+        if config.images is not None
+        else open_interleaved(config.vocabulary, config.interleaved)
+    )
     prepare = partial(_prepare_all, config)
     found = (
         prepare()
         if topology is None or topology.world_size == 1
         else _on_rank_zero(prepare, topology)
     )
+    if config.images is not None:
+        return _open_image_sources(config, vocabulary, found)
     sources = []
     for index, (item, (folder, fingerprint)) in enumerate(zip(config.sources, found, strict=True)):
         source = _open_source(config, vocabulary, index, item, Path(folder))
-        if source.manifest.fingerprint != fingerprint:
-            raise DataError(
-                f"source {item.name!r}: {folder} is not the same here as on rank 0; "
-                "put data.cache_dir on a file system that all nodes share"
-            )
+        _check_same_here(source, fingerprint)
         sources.append(source)
     return Dataset(config, vocabulary, sources)
+
+
+def _check_same_here(source: Source, fingerprint: str) -> None:
+    if source.manifest.fingerprint != fingerprint:
+        raise DataError(
+            f"source {source.name!r}: {source.folder} is not the same here as on rank 0; "
+            "put data.cache_dir on a file system that all nodes share"
+        )
+
+
+def _open_image_sources(
+    config: DataConfig, vocabulary: Vocabulary, found: Sequence[tuple[str, str]]
+) -> Dataset:
+    assert config.images is not None
+    folders = {
+        item.name: Path(folder) for item, (folder, _) in zip(config.sources, found, strict=True)
+    }
+    opened, image_data = open_images(config.images, config.sequence_length, folders)
+    sources = []
+    for index, item in enumerate(config.sources):
+        image = opened[item.name]
+        source = Source(
+            item.name,
+            index,
+            item,
+            folders[item.name],
+            image.manifest,
+            image.train,
+            image.held_out,
+            image.train.sequences,
+        )
+        _check_same_here(source, found[index][1])
+        sources.append(source)
+    return Dataset(config, vocabulary, sources, image_data)
 
 
 def _prepare_all(config: DataConfig) -> list[tuple[str, str]]:
     """(folder, fingerprint) of every source, prepared."""
     found = []
     for source in config.sources:
+        if config.images is not None and is_prepared_source(source):
+            folder = Path(source.path).expanduser().absolute()
+            found.append((str(folder), folder_fingerprint(folder)))
+            continue
         preparation = plan_preparation(
             source,
             config.vocabulary,
@@ -292,6 +354,7 @@ def _prepare_all(config: DataConfig) -> list[tuple[str, str]]:
             repeats=config.repeat_filter,
             drop_repetitive=config.drop_repetitive_documents,
             interleaved=config.interleaved,
+            images=config.images,
         )
         if preparation.listing.kind == "prepared":
             folder = Path(source.path).expanduser().absolute()

@@ -8,6 +8,7 @@ restart seeks.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +27,17 @@ from .balance import deal_rows, rank_balance
 from .dataset import Dataset, Source
 from .document_order import RowOf
 from .document_rows import DocumentRows
+from .images.encoded_rows import EncodedRows
+from .images.packing import ImageRow
+from .images.rows import ImageRows
 from .order import Located
-from .packers import document_assembler, open_packer, stream_assembler, stream_of
+from .packers import (
+    document_assembler,
+    image_assembler,
+    open_packer,
+    stream_assembler,
+    stream_of,
+)
 from .packing import Rows
 
 __all__ = ["HeldOutBatches", "PackedLoader", "StepBatch", "held_out_batches", "next_start"]
@@ -37,6 +47,10 @@ LOOK_S = 0.25
 
 TASK_TOKENS = 1 << 16
 """A worker assembles about this many positions before it hands over: two threads that meet cost more than a small step."""
+
+
+LARGEST_THREADS = 8
+"""That decode pictures where data.images.threads does not say."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ class PackedLoader:
         prefetch: steps assembled ahead.
         pin_memory: page-lock the batches, for asynchronous copies to a GPU.
         task: draws what is random in a micro-batch; None leaves it out.
-        threads: workers; steps come out in order with any number.
+        threads: workers; steps come out in order with any number. None is one, or what data.images.threads says.
     """
 
     def __init__(
@@ -93,7 +107,7 @@ class PackedLoader:
         prefetch: int | None = None,
         pin_memory: bool = False,
         task: Task | None = None,
-        threads: int = 1,
+        threads: int | None = None,
     ) -> None:
         if batch_rows % data_ranks:
             raise ConfigError(f"{batch_rows} samples a step do not divide over {data_ranks} ranks")
@@ -118,6 +132,7 @@ class PackedLoader:
         self._waited_s = 0.0
         self._ready: deque[StepBatch | BaseException] = deque()
         self._pending: deque[Future[list[StepBatch | BaseException]]] = deque()
+        threads = threads or _threads_of(data)
         self._pool = ThreadPoolExecutor(threads, "weft-data")
         ahead = prefetch or data.config.prefetch_steps
         share_tokens = self._share * data.config.sequence_length
@@ -268,6 +283,14 @@ class PackedLoader:
         return batch.pin_memory() if self._pin_memory else batch
 
 
+def _threads_of(data: Dataset) -> int:
+    """Pictures are decoded without holding Python's lock, so threads help there; ids are copied faster by one."""
+    images = data.config.images
+    if images is None or images.kind != "pixels":
+        return 1
+    return images.threads or min(LARGEST_THREADS, len(os.sched_getaffinity(0)))
+
+
 def next_start(sample: int, rows: int, leave_out: Sequence[tuple[int, int]]) -> int:
     """Where the next step of `rows` samples begins, at `sample` or after the ranges `[first, stop)` it would touch."""
     for first, stop in sorted(leave_out):
@@ -301,6 +324,12 @@ class HeldOutBatches:
         self._length = dataset.sequence_length
         self._micro_rows, self._rank, self._ranks = micro_batch_rows, data_rank, data_ranks
         self._tail = 0
+        if isinstance(self._held_out, ImageRows | EncodedRows):
+            self._images = image_assembler(dataset, None)
+            self._rows = self._held_out.sequences
+            if max_tokens is not None:
+                self._rows = min(self._rows, max(1, max_tokens // self._length))
+            return
         if isinstance(self._held_out, DocumentRows):
             self._documents = document_assembler(dataset, None)
             self._rows = self._held_out.sequences
@@ -328,6 +357,8 @@ class HeldOutBatches:
             rows = list(range(first, min(first + self._micro_rows, self._rows)))
             if isinstance(self._held_out, DocumentRows):
                 yield self._document_batch(self._held_out, rows)
+            elif isinstance(self._held_out, ImageRows | EncodedRows):
+                yield self._image_batch(self._held_out, rows)
             else:
                 yield self._batch(rows or [0], self._length, ignore_all=not rows)
         if self._tail:
@@ -339,6 +370,11 @@ class HeldOutBatches:
         return self._documents.pack(
             [RowOf(row, index, held_out, row) for row in rows] or [RowOf(0, index, held_out, None)]
         )
+
+    def _image_batch(self, held_out: ImageRows | EncodedRows, rows: list[int]) -> PackedBatch:
+        """Some images; the first once more, as a stand-in, where there are none left."""
+        wanted = [ImageRow(row, self._source.index, held_out, row) for row in rows or [0]]
+        return self._images.pack(wanted, is_stand_in=not rows)
 
     def _batch(self, rows: list[int], length: int, *, ignore_all: bool) -> PackedBatch:
         stream = stream_of(self._held_out)

@@ -1,4 +1,4 @@
-"""From places in the order of a run to packed batches: rows cut from streams of ids, or rows of whole documents."""
+"""From places in the order of a run to packed batches: rows cut from streams of ids, rows of whole documents, or images."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ from numpy.typing import NDArray
 
 from ...models.batch import PackedBatch
 from .dataset import Dataset
+from .dataset import Rows as SourceRows
 from .document_order import RowOf
 from .document_packing import DocumentAssembler
 from .document_rows import DocumentRows
+from .images.encoded_rows import EncodedRows
+from .images.packing import ImageRow
+from .images.rows import ImageRows
+from .images.source_opening import Assembler
 from .packing import RowAssembler, Rows
 from .patches import BitStream
 from .stream import TokenStream
 
 __all__ = [
     "DocumentPacker",
+    "ImagePacker",
     "StreamPacker",
     "document_assembler",
+    "image_assembler",
+    "image_rows",
     "open_packer",
     "stream_assembler",
     "stream_of",
@@ -61,20 +69,50 @@ class DocumentPacker:
         )
 
 
-def open_packer(dataset: Dataset, seed: int) -> StreamPacker | DocumentPacker:
+class ImagePacker:
+    """Packs images."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self._rows = [image_rows(source.train) for source in dataset.sources]
+        self._assembler = image_assembler(dataset, seed)
+
+    def pack(
+        self, samples: list[int], sources: NDArray[np.int64], sequences: NDArray[np.int64]
+    ) -> PackedBatch:
+        wanted = zip(samples, sources.tolist(), sequences.tolist(), strict=True)
+        return self._assembler.pack(
+            [ImageRow(sample, j, self._rows[j], number) for sample, j, number in wanted]
+        )
+
+
+def open_packer(dataset: Dataset, seed: int) -> StreamPacker | DocumentPacker | ImagePacker:
+    if dataset.config.images is not None:
+        return ImagePacker(dataset, seed)
     if dataset.config.packs_documents:
         return DocumentPacker(dataset, seed)
     return StreamPacker(dataset)
 
 
-def stream_of(rows: TokenStream | DocumentRows) -> TokenStream:
+def stream_of(rows: SourceRows) -> TokenStream:
     assert isinstance(rows, TokenStream)
     return rows
 
 
-def _document_rows(rows: TokenStream | DocumentRows) -> DocumentRows:
+def _document_rows(rows: SourceRows) -> DocumentRows:
     assert isinstance(rows, DocumentRows)
     return rows
+
+
+def image_rows(rows: SourceRows) -> ImageRows | EncodedRows:
+    assert isinstance(rows, ImageRows | EncodedRows)
+    return rows
+
+
+def image_assembler(dataset: Dataset, seed: int | None) -> Assembler:
+    """With a seed for training, without one for evaluation."""
+    assert dataset.image_data is not None
+    assert dataset.config.images is not None
+    return dataset.image_data.assembler(dataset.config.images, seed)
 
 
 def stream_assembler(dataset: Dataset, *, is_training: bool) -> RowAssembler:

@@ -154,7 +154,9 @@ def distinct_names(paths: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
     return [(path, path.relative_to(top).as_posix()) for path, _ in paths]
 
 
-def walk_files(root: Path, left_out: Iterable[str] = ("__pycache__",)) -> Iterator[tuple[Path, str]]:
+def walk_files(
+    root: Path, left_out: Iterable[str] = ("__pycache__",)
+) -> Iterator[tuple[Path, str]]:
     """Files under a folder in the byte order of their relative paths, without hidden ones."""
     unwanted, found = set(left_out), []
     for folder, folders, names in os.walk(root, onerror=_cannot_list):
@@ -253,7 +255,9 @@ def _list_builtin(source: SourceConfig) -> Listing:
             f"the Python standard library at {root} has no .py sources; use a Python that ships "
             "them"
         )
-    return Listing("text", source.path, tuple(stat_file(path, relative) for path, relative in paths))
+    return Listing(
+        "text", source.path, tuple(stat_file(path, relative) for path, relative in paths)
+    )
 
 
 def plan_units(listing: Listing, token_dtype: str = "uint32") -> list[Unit]:

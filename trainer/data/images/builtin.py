@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,7 +153,10 @@ class ShapesImages:
         noise: of set=shapes: standard deviation, where black is 0 and white is 1.
     """
 
-    SETS = {"shapes": ("circle", "square", "triangle"), "levels": ("gradient", "rectangles", "glyphs")}
+    SETS: ClassVar = {
+        "shapes": ("circle", "square", "triangle"),
+        "levels": ("gradient", "rectangles", "glyphs"),
+    }
 
     def __init__(
         self,

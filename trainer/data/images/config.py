@@ -66,14 +66,17 @@ class ImagesConfig(Section):
         "pixels",
         description="pixels of pictures; or what weft data encode made of them: codes (a row is an image) or latents",
     )
-    size: int = Field(256, ge=1, description="of kind pixels: height and width of what is trained on")
+    size: int = Field(
+        256, ge=1, description="of kind pixels: height and width of what is trained on"
+    )
     channels: Literal[1, 3] = Field(3, description="of kind pixels: 1 is greyscale, 3 is RGB")
     resize: tuple[int, int] | None = Field(
         None,
         description="of kind pixels: the shorter side is resized to a length drawn from this range; null is size",
     )
     crop: Literal["random", "center"] = Field(
-        "random", description="of kind pixels: which square is trained on; evaluation takes the middle"
+        "random",
+        description="of kind pixels: which square is trained on; evaluation takes the middle",
     )
     flip: bool = Field(True, description="of kind pixels: mirror half of the images")
     classes: int | None = Field(
@@ -86,7 +89,10 @@ class ImagesConfig(Section):
         "caption", min_length=1, description="column of the caption in Parquet, where there is one"
     )
     max_bad_share: float = Field(
-        0.001, ge=0, le=1, description="refuse to prepare data with more unreadable images than this"
+        0.001,
+        ge=0,
+        le=1,
+        description="refuse to prepare data with more unreadable images than this",
     )
     ratios: RatiosConfig | None = Field(
         None, description="compression ratios (CAT); null where there is one"

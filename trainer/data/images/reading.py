@@ -101,9 +101,7 @@ def _list_archives(source: SourceConfig, paths: list[tuple[Path, str]]) -> Image
     )
 
 
-def _list_folder(
-    source: SourceConfig, root: Path, images: list[tuple[Path, str]]
-) -> ImageListing:
+def _list_folder(source: SourceConfig, root: Path, images: list[tuple[Path, str]]) -> ImageListing:
     """Classes are the folders in the order of their names; without any folder there are no classes."""
     flat = [name for _, name in images if "/" not in name]
     if flat and len(flat) < len(images):
@@ -244,7 +242,10 @@ def _image_of_row(file: InputFile, name: str, row: dict[str, Any], job: ImageJob
         )
     caption = row.get(job.caption_key)
     return ImageFile(
-        name, UNLABELLED if label is None else int(label), raw or b"", None if caption is None else str(caption)
+        name,
+        UNLABELLED if label is None else int(label),
+        raw or b"",
+        None if caption is None else str(caption),
     )
 
 

@@ -62,7 +62,10 @@ def store_images(job: UnitJob, unit: Unit, folder: Path) -> Found:
     chosen = _with_replacements(read)
     if chosen != list(range(len(read))):
         starts = np.cumsum([0, *(item.size for item in read)]).tolist()
-        with open(folder / f"{name}.ids", "rb") as before, HashedFile(folder / f"{name}.ids") as out:
+        with (
+            open(folder / f"{name}.ids", "rb") as before,
+            HashedFile(folder / f"{name}.ids") as out,
+        ):
             for place in chosen:
                 before.seek(starts[place])
                 out.write(before.read(read[place].size))
@@ -184,7 +187,9 @@ def join_image_records(
     return {
         "classes": list(classes) if classes else None,
         "class_counts": [counts.get(label, 0) for label in range(number)] if labelled else [],
-        "smallest": min((r["smallest"] for r in records if r["smallest"]), key=lambda s: min(s[:2])),
+        "smallest": min(
+            (r["smallest"] for r in records if r["smallest"]), key=lambda s: min(s[:2])
+        ),
         "quarantined": len(quarantine),
         "files": {QUARANTINE: write_hashed(folder / QUARANTINE, log)} if quarantine else {},
     }
