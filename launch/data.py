@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..models.errors import DataError
+from .data_encode import command as encode
 from .data_patches import command as patches
+from .data_score import command as score
+from .image_options import image_options, images_from
 from .interleaved_options import interleaved_from, interleaved_options
 from .options import load_recipe_or_run, overrides_argument
 from .patch_options import patch_options, patching_from
@@ -29,6 +32,7 @@ Examples:
   weft data prepare ~/texts --out data/texts --patches-from runs/entropy --patch-size 4.5
   weft data prepare pairs.jsonl --out data/pairs --format interleaved --codec vae:models/vae --image-size 256
   weft data prepare builtin:digits-captions --out data/digits --image-size 8 --image-channels 1
+  weft data prepare imagenet/train --images --out data/imagenet
 """
 
 INSPECT_EXAMPLES = """\b
@@ -112,8 +116,15 @@ def command() -> None:
     type=click.Path(path_type=Path),
     help="Store patch starts too: run of an entropy model (with --threshold or --patch-size), or one with patches.",
 )
+@click.option(
+    "--images",
+    "is_images",
+    is_flag=True,
+    help="SOURCE is images with classes: folders, tars, Parquet, builtin:digits and others.",
+)
 @patch_options
 @interleaved_options
+@image_options
 @click.option(
     "--sequence-length",
     default=4096,
@@ -136,13 +147,14 @@ def prepare(
     drop_repetitive: bool,
     patches_from: Path | None,
     sequence_length: int,
+    is_images: bool,
     **given: Any,
 ) -> None:
     """Prepare SOURCE into memory-mapped shards.
 
     SOURCE is a file, a folder, a glob, or builtin:NAME: text or code, JSONL (.gz, .zst), Parquet,
-    token files, or documents of text, images and speech (JSONL with --format interleaved, WebDataset tar). Run
-    the same command again after an interruption: finished shards are kept.
+    token files, documents of text, images and speech (JSONL with --format interleaved, WebDataset tar), or with --images
+    images with classes. Run the same command again after an interruption: finished shards are kept.
     """
     from ..trainer.data.config import HeldOutConfig, RepeatFilterConfig, SourceConfig
     from ..trainer.data.prepare import plan_preparation, prepare_source
@@ -156,14 +168,22 @@ def prepare(
         extensions=extensions,
         token_dtype=token_dtype,  # type: ignore[arg-type]
     )
+    rules = HeldOutConfig(
+        documents=held_out, min_bytes=held_out_min_bytes, max_bytes=held_out_max_bytes
+    )
+    images = images_from(given)
+    if is_images:
+        preparation = plan_preparation(
+            config, "", held_out=rules, repeats=RepeatFilterConfig(), images=images
+        )
+        _report(prepare_source(preparation, out, workers=workers), out)
+        return
     listing = list_inputs(config)
     interleaved = interleaved_from(given, needed=listing.kind in INTERLEAVED_KINDS)
     preparation = plan_preparation(
         config,
         vocabulary,
-        held_out=HeldOutConfig(
-            documents=held_out, min_bytes=held_out_min_bytes, max_bytes=held_out_max_bytes
-        ),
+        held_out=rules,
         repeats=RepeatFilterConfig(),
         drop_repetitive=drop_repetitive,
         patches=_patch_job(patches_from, given, vocabulary, sequence_length),
@@ -205,6 +225,9 @@ def name_of(path: str) -> str:
 
 
 def _report(manifest: Manifest, out: Path) -> None:
+    if manifest.images is not None:
+        click.echo("\n".join(_image_lines(manifest, manifest.images, out)))
+        return
     dropped = ", ".join(f"{number} {reason}" for reason, number in sorted(manifest.dropped.items()))
     lines = [
         f"{out}: {manifest.documents:,} documents, {manifest.tokens:,} ids, {manifest.bytes:,} "
@@ -218,6 +241,22 @@ def _report(manifest: Manifest, out: Path) -> None:
         f"[{{name: {name_of(str(out))}, path: {out}}}]",
     ]
     click.echo("\n".join(lines))
+
+
+def _image_lines(manifest: Manifest, images: dict[str, Any], out: Path) -> list[str]:
+    counts = images["class_counts"]
+    spread = f", {min(counts):,} to {max(counts):,} images each" if counts else ""
+    height, width, name = images["smallest"]
+    bad = images["quarantined"]
+    return [
+        f"{out}: {manifest.documents:,} images, {manifest.bytes:,} bytes, {len(manifest.shards)} shards",
+        f"{len(counts)} classes{spread}; the smallest image is {name}, {width} x {height} pixels",
+        f"held out {len(manifest.held_out)} images, quarantined {bad}"
+        + (f" (see {out / 'quarantine.jsonl'})" if bad else ""),
+        f"fingerprint {manifest.fingerprint}",
+        f"next: weft data inspect {out}, or a recipe with data.images and data.sources: "
+        f"[{{name: {name_of(str(out))}, path: {out}}}]",
+    ]
 
 
 def _patch_lines(manifest: Manifest) -> list[str]:
@@ -283,18 +322,20 @@ def inspect(
     from rich.console import Console
 
     from ..trainer.data.dataset import open_data
+    from ..trainer.data.images.encoded_format import is_encoded, verify_encoded
     from ..trainer.data.inspect import render_dataset
     from ..trainer.data.shards import verify_prepared
 
     if (Path(what) / "manifest.json").is_file():
-        config, own_seed = _config_of_folder(Path(what), vocabulary, sequence_length), 0
+        config, own_seed = _config_of_folder(Path(what), vocabulary, sequence_length, overrides), 0
     else:
         loaded = load_recipe_or_run(what, overrides).config
         config, own_seed = loaded.data, loaded.run.seed
     data = open_data(config)
     if verify:
         for source in data.sources:
-            verify_prepared(source.folder)
+            verify = verify_encoded if is_encoded(source.folder) else verify_prepared
+            verify(source.folder)
     console = Console(highlight=False)
     # Piped output has no width of its own; 80 columns would cut tables.
     if not console.is_terminal:
@@ -302,16 +343,26 @@ def inspect(
     for item in render_dataset(data, seed=own_seed if seed is None else seed, samples=samples):
         console.print(item)
     if images is not None:
+        from ..trainer.data.images import inspect as of_images
         from ..trainer.data.interleaved.inspect import write_images
 
-        count = write_images(data, images, own_seed if seed is None else seed)
+        write = write_images if config.images is None else of_images.write_images
+        count = write(data, images, own_seed if seed is None else seed)
         click.echo(f"{count} images in {images}")
 
 
-def _config_of_folder(folder: Path, vocabulary: str | None, sequence_length: int) -> DataConfig:
+def _config_of_folder(
+    folder: Path, vocabulary: str | None, sequence_length: int, overrides: tuple[str, ...]
+) -> DataConfig:
     from ..trainer.data.config import DataConfig, SourceConfig
+    from ..trainer.data.images.inspect import config_of_folder
     from ..trainer.data.shards import read_manifest
 
+    if overrides:
+        raise DataError(f"{overrides[0]}: settings go with a recipe or a run, not with a folder")
+    images = config_of_folder(folder, name_of(str(folder)))
+    if images is not None:
+        return images
     manifest = read_manifest(folder)
     kind = manifest.vocabulary["kind"]
     if vocabulary is None and kind != "bytes":
@@ -328,3 +379,5 @@ def _config_of_folder(folder: Path, vocabulary: str | None, sequence_length: int
 
 
 command.add_command(patches)
+command.add_command(encode)
+command.add_command(score)

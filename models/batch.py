@@ -72,19 +72,17 @@ TIMESTEPS = "timesteps"
 NOISE = "noise"
 """Side tensor that `Task.draw` of a diffusion task adds: (I, C, H, W) fp32."""
 
-PIXELS = "pixels"
-"""Side tensor of image runs: (R, C, S, S) uint8, one picture a row, cropped and mirrored."""
-RATIO = "ratio"
-"""Side tensor of image runs with several ratios: (R,) uint8, index of each image's ratio, 0 the finest. Host counts
-`images_8` and so on say how many there are."""
-
 IMAGES = "images"
 """Host count: images of the batch, codes included."""
+STAND_IN = "stand_in"
+"""Host count: 1 in a batch of a rank that has nothing left to evaluate; what the model makes of it is thrown away."""
 CAPTION_TARGETS = "caption_targets"
 """Host count: counted text targets with an image before them in their document."""
 
-STAND_IN = "stand_in"
-"""Host count: 1 in a batch of a rank that has nothing left to evaluate; what the model makes of it is thrown away."""
+
+def images_at(ratio: int) -> str:
+    """Name of the host count of images at a ratio, in pixels a side of a latent's place."""
+    return f"images_{ratio}"
 
 
 def images_at(ratio: int) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LengthSummary",
     "PackingSummary",
+    "plain_table",
     "render_dataset",
     "summarise_lengths",
     "summarise_packing",
@@ -139,6 +140,11 @@ def _batches(data: Dataset, seed: int, rows: int) -> Iterator[PackedBatch]:
 
 def render_dataset(data: Dataset, *, seed: int = 0, samples: int = 3) -> Iterator[RenderableType]:
     """Tables and samples, for a rich console."""
+    if data.config.images is not None:
+        from .images.inspect import render_images
+
+        yield from render_images(data, seed)
+        return
     yield _sources_table(data)
     for source in data.sources:
         yield from _render_lengths(source)
@@ -147,9 +153,10 @@ def render_dataset(data: Dataset, *, seed: int = 0, samples: int = 3) -> Iterato
         yield from _render_samples(data, seed, samples)
 
 
-def _plain_table(
+def plain_table(
     title: str, columns: tuple[str, ...], rows: Sequence[Sequence[str]]
 ) -> RenderableType:
+    """A table whose first column is text and whose others are numbers."""
     from rich import box
     from rich.table import Table
 
@@ -188,7 +195,7 @@ def _sources_table(data: Dataset) -> RenderableType:
         "source", "documents", "train ids", "bytes", f"samples of {data.sequence_length}",
         "share", "held out", "left out", "fingerprint",
     )  # fmt: skip
-    return _plain_table(
+    return plain_table(
         f"Sources, vocabulary {data.config.vocabulary} ({data.vocabulary.size} ids)", columns, rows
     )
 
@@ -204,7 +211,7 @@ def _render_lengths(source: Source) -> Iterator[RenderableType]:
         )
         for edge, count in summary.histogram
     ]
-    yield _plain_table(
+    yield plain_table(
         f"Document lengths of {source.name}, ids", ("length", "documents", " " * BAR_WIDTH), rows
     )
     cuts = ", ".join(
@@ -225,7 +232,7 @@ def _packing_table(summary: PackingSummary) -> RenderableType:
         rows.append((f"{name}: positions, targets", f"{positions:,}, {targets:,}"))
     if summary.modalities:
         rows.append(("images in a row", f"{summary.images:.2f}"))
-    return _plain_table(f"Packing, first {summary.samples} samples", ("", "value"), rows)
+    return plain_table(f"Packing, first {summary.samples} samples", ("", "value"), rows)
 
 
 def _render_samples(data: Dataset, seed: int, samples: int) -> Iterator[RenderableType]:

@@ -88,9 +88,15 @@ class EncodePlan:
     shard_images: int
     batch_images: int
 
+    def content(self) -> dict[str, Any]:
+        """What the result depends on; not where tokenizer and images lay."""
+        content = {name: value for name, value in asdict(self).items() if name != "source"}
+        known = ("fingerprint", "size", "channels")
+        return content | {"tokenizer": {name: self.tokenizer[name] for name in known}}
+
     @property
     def key(self) -> str:
-        content = {name: value for name, value in asdict(self).items() if name != "source"}
+        content = self.content()
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -150,8 +156,8 @@ def write_plan(folder: Path, plan: EncodePlan) -> None:
     if is_encoded(folder):
         before = read_plan(folder)
         if before.key != plan.key:
-            old, new = asdict(before), asdict(plan)
-            name = next(name for name in old if old[name] != new[name] and name != "source")
+            old, new = before.content(), plan.content()
+            name = next(name for name in old if old[name] != new[name])
             was, now = (_short(side[name]) for side in (old, new))
             raise DataError(
                 f"{folder} was begun with {LABELS.get(name, f'another {name}')} ({was}, now {now}); give another --out, or remove it"

@@ -10,7 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ....models.batch import IGNORED, IMAGE_KEYS, IMAGES, PIXELS, RATIO, STAND_IN, PackedBatch
+from ....models.batch import (
+    IGNORED,
+    IMAGE_KEYS,
+    IMAGES,
+    PIXELS,
+    RATIO,
+    STAND_IN,
+    PackedBatch,
+    images_at,
+)
 from .augmentation import CENTER, decode_file, draw_view, fit_view
 from .config import ImagesConfig
 from .ratios import ratio_of_sample
@@ -19,7 +28,7 @@ from .rows import ImageRows
 if TYPE_CHECKING:
     from .encoded_rows import EncodedRows
 
-__all__ = ["ImageRow", "PixelAssembler", "image_batch"]
+__all__ = ["ImageRow", "PixelAssembler", "image_batch", "ratio_counts"]
 
 
 KEPT_BYTES = 256 << 20
@@ -106,7 +115,7 @@ class PixelAssembler:
 def ratio_counts(values: Sequence[int], places: NDArray[np.uint8]) -> dict[str, int]:
     """Host counts of the images at each ratio."""
     counts = np.bincount(places, minlength=len(values)).tolist()
-    return {f"{IMAGES}_{ratio}": count for ratio, count in zip(values, counts, strict=True)}
+    return {images_at(ratio): count for ratio, count in zip(values, counts, strict=True)}
 
 
 def image_batch(
