@@ -9,6 +9,7 @@ from typing import Any
 
 from ..models import build_task
 from ..models.errors import CheckpointError, ConfigError
+from ..models.section import Section
 from ..models.task import Task
 from .base_weights import load_base_weights
 from .checkpoint.manager import CheckpointManager
@@ -16,6 +17,7 @@ from .checkpoint.reading import find_checkpoint
 from .configuration.load import config_hash
 from .configuration.schema import TrainingConfig
 from .data.dataset import Dataset, open_data
+from .data.images.source_opening import ImageData
 from .data.loader import PackedLoader
 from .distributed import Topology
 from .engines.build import build_engine
@@ -118,6 +120,8 @@ def open_run(
 
 def settle_images(config: TrainingConfig, data: Dataset) -> TrainingConfig:
     """The configuration with what was measured of the latents in it, so that images can be made without the data."""
+    if data.image_data is not None:
+        return settle_encoded(config, data.image_data)
     interleaved, images = config.data.interleaved, data.images
     if interleaved is None or images is None or images.kind != "latents":
         return config
@@ -131,6 +135,28 @@ def settle_images(config: TrainingConfig, data: Dataset) -> TrainingConfig:
     return config.model_copy(
         update={"data": config.data.model_copy(update={"interleaved": settled})}
     )
+
+
+def settle_encoded(config: TrainingConfig, data: ImageData) -> TrainingConfig:
+    """The configuration with the tokenizer's fingerprint in it, and the statistics of latents where the model leaves them open."""
+    images, model = config.data.images, config.model
+    if images is None or data.tokenizer is None:
+        return config
+    settled = images.model_copy(update={"tokenizer": data.tokenizer})
+    ratios = getattr(model, "ratios", None)
+    if data.statistics and ratios is not None:
+        model = model.model_copy(update={"ratios": tuple(_measured(r, data) for r in ratios)})
+    update = {"data": config.data.model_copy(update={"images": settled}), "model": model}
+    return config.model_copy(update=update)
+
+
+def _measured(ratio: Section, data: ImageData) -> Section:
+    """A ratio of a diffusion model with the mean and standard deviation of the latents at it, where it has none."""
+    settings: Any = ratio
+    found = data.statistics.get(settings.ratio)
+    if found is None or settings.mean is not None or settings.std is not None:
+        return ratio
+    return ratio.model_copy(update={key: tuple(found[key]) for key in ("mean", "std")})
 
 
 def samples_left_out(config: TrainingConfig, state: TrainState) -> list[tuple[int, int]]:

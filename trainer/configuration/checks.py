@@ -144,6 +144,24 @@ def _patches_of_bytes(config: TrainingConfig) -> Iterator[str]:
         yield f"data.vocabulary: patches are of bytes, found {config.data.vocabulary}; set data.vocabulary=bytes"
 
 
+def _images_of_family(config: TrainingConfig) -> Iterator[str]:
+    family, images = getattr(config.model, "family", None), config.data.images
+    wanted = IMAGE_KINDS.get(str(family))
+    if wanted is None:
+        if images is not None:
+            yield f"data.images: family {family} is trained on no images alone; set data.images=null"
+    elif images is None or images.kind != wanted:
+        found = "null" if images is None else f"of kind {images.kind}"
+        yield f"data.images: it is {found}, and family {family} is trained on {wanted}; set data.images.kind={wanted}"
+    elif wanted == "pixels":
+        for ours, theirs in (("size", "size"), ("channels", "in_channels")):
+            value = getattr(config.model, theirs, None)
+            if value is not None and value != getattr(images, ours):
+                yield (
+                    f"data.images.{ours}: {getattr(images, ours)} is not model.{theirs} {value}; set data.images.{ours}={value}"
+                )
+
+
 def _mesh_only_for_hsdp(config: TrainingConfig) -> Iterator[str]:
     parallel = config.parallel
     for key in ("shard_ranks", "replicate_ranks"):
@@ -206,6 +224,9 @@ def _best_can_be_told(config: TrainingConfig) -> Iterator[str]:
         )
 
 
+IMAGE_KINDS = {"image_tokenizer": "pixels", "image_ar": "codes", "dit": "latents"}
+"""What families of image models read, as data.images.kind names it."""
+
 _CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("train.batch_tokens", "data.sequence_length"), _batch_in_rows),
     (("train.micro_batch_tokens", "data.sequence_length"), _micro_batch_in_rows),
@@ -215,6 +236,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("model.modalities", "data.interleaved"), _modalities_agree),
     (("model.ngram", "data.vocabulary"), _ngrams_of_bytes),
     (("model.patching", "data.vocabulary"), _patches_of_bytes),
+    (("model", "data.images"), _images_of_family),
     (("parallel",), _mesh_only_for_hsdp),
     (("parallel",), _strategy_of_engine),
     (("optimizer", "parallel"), _averages_of_engine),
