@@ -334,8 +334,10 @@ def inspect(
     data = open_data(config)
     if verify:
         for source in data.sources:
-            verify = verify_encoded if is_encoded(source.folder) else verify_prepared
-            verify(source.folder)
+            if is_encoded(source.folder):
+                verify_encoded(source.folder)
+            else:
+                verify_prepared(source.folder)
     console = Console(highlight=False)
     # Piped output has no width of its own; 80 columns would cut tables.
     if not console.is_terminal:

@@ -13,7 +13,14 @@ from weft.trainer.data.images.builtin import load_photographs
 from weft.trainer.data.images.config import RatiosConfig
 from weft.trainer.data.images.llm_scorer import LanguageModelScorer, parse_score, read_captions
 from weft.trainer.data.images.ratios import ratio_of_sample
-from weft.trainer.data.images.scorers import JPEGScorer, Scorer, _jpeg_bytes, jpeg_bits, residual
+from weft.trainer.data.images.scorers import (
+    JPEGScorer,
+    Picture,
+    Scorer,
+    _jpeg_bytes,
+    jpeg_bits,
+    residual,
+)
 from weft.trainer.data.images.scoring import ScoreOptions, finish_scores, score_shards
 from weft.trainer.data.images.sidecar import (
     Thresholds,
@@ -178,18 +185,17 @@ class Answers(LanguageModelScorer):
         return self.given.pop(0)
 
 
-class Words:
-    def __init__(self, caption: str | None) -> None:
-        self.id, self.raw, self.caption = f"image {caption}", b"", caption
+def words(caption: str | None) -> Picture:
+    return Picture(f"image {caption}", b"", caption)
 
 
 def test_an_answer_that_cannot_be_used_is_asked_for_once_more() -> None:
     scorer = Answers(["7", "about 4 or 5", "no"], ["4", "still no"])
-    assert scorer.score([Words("a"), Words("b"), Words("c")]) == [7, 4, None]
+    assert scorer.score([words("a"), words("b"), words("c")]) == [7, 4, None]
     assert [len(prompts) for prompts in scorer.asked] == [3, 2]
     assert "Image: b\n" in scorer.asked[1][0]
     with pytest.raises(DataError, match="has no caption to score; give --captions"):
-        scorer.score([Words(None)])
+        scorer.score([words(None)])
 
 
 class Says(JPEGScorer):
@@ -228,9 +234,9 @@ def test_a_local_model_is_asked(tmp_path: Path) -> None:
         pytest.importorskip("tokenizers"),
         pytest.importorskip("transformers"),
     )
-    words = ["<pad>", "<unk>", *map(str, range(1, 10)), "image", "a", "detail"]
+    vocabulary = ["<pad>", "<unk>", *map(str, range(1, 10)), "image", "a", "detail"]
     plain = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>")
     )
     plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(
@@ -238,7 +244,7 @@ def test_a_local_model_is_asked(tmp_path: Path) -> None:
     )
     fast.save_pretrained(tmp_path)
     config = transformers.GPT2Config(
-        vocab_size=len(words),
+        vocab_size=len(vocabulary),
         n_positions=512,
         n_embd=8,
         n_layer=1,
@@ -248,8 +254,8 @@ def test_a_local_model_is_asked(tmp_path: Path) -> None:
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     scorer = LanguageModelScorer(tmp_path, {"image a": "a detail"})
-    first = scorer.score([Words("a"), Words("image 3")])
-    assert first == scorer.score([Words("a"), Words("image 3")])
+    first = scorer.score([words("a"), words("image 3")])
+    assert first == scorer.score([words("a"), words("image 3")])
     assert all(score is None or 1 <= score <= 9 for score in first)
     assert len(scorer.identity["prompt_sha256"]) == len(scorer.identity["model_sha256"]) == 64
     with pytest.raises(DataError, match="holds no language model"):

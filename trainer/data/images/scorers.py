@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,8 @@ WORKING_SIZE = 256
 QUALITY = 75
 
 
-class Picture(Protocol):
-    """An image to score."""
+class Picture(NamedTuple):
+    """An image to score: its name in the source, its file, and what it shows in words."""
 
     id: str
     raw: bytes

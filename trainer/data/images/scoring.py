@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from ....models.errors import ConfigError, DataError
 from ...files import write_text
 from ..shards import Manifest, read_manifest
 from .rows import ImageRows, all_rows
-from .scorers import Scorer
+from .scorers import Picture, Scorer
 from .sidecar import Score, Thresholds, fit_thresholds, mean_tokens, write_sidecar
 
 __all__ = ["ScoreOptions", "finish_scores", "score_shards"]
@@ -54,12 +54,6 @@ class ScoreOptions:
             raise ConfigError(f"shares {list(self.shares)} are not shares that sum to 1")
         if self.borders is not None and list(self.borders) != sorted(self.borders):
             raise ConfigError(f"thresholds {list(self.borders)} are not ascending")
-
-
-class _Picture(NamedTuple):
-    id: str
-    raw: bytes
-    caption: str | None
 
 
 def _work(out: Path) -> Path:
@@ -115,20 +109,20 @@ def _key(scorer: Scorer, manifest: Manifest) -> str:
 
 def _pictures(
     rows: ImageRows, manifest: Manifest, source: Path, shard: int
-) -> list[Callable[[], _Picture]]:
+) -> list[Callable[[], Picture]]:
     """The images of a shard, each read when it is called for."""
     first = sum(item.documents for item in manifest.shards[:shard])
     names = manifest.shards[shard].read_names(source)
 
-    def read(place: int) -> _Picture:
-        return _Picture(names[place][0], rows[first + place].raw, names[place][1])
+    def read(place: int) -> Picture:
+        return Picture(names[place][0], rows[first + place].raw, names[place][1])
 
     return [lambda place=place: read(place) for place in range(len(names))]  # type: ignore[misc]
 
 
 def _score_all(
     scorer: Scorer,
-    pictures: Sequence[Callable[[], _Picture]],
+    pictures: Sequence[Callable[[], Picture]],
     threads: int,
     advance: Callable[[int], None],
 ) -> list[Score]:
