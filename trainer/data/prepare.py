@@ -31,7 +31,6 @@ from ...models.errors import DataError
 from ..files import free_bytes, sync_directory
 from .config import HeldOutConfig, RepeatFilterConfig, SourceConfig
 from .images.config import ImagesConfig
-from .images.job import ImageJob
 from .interleaved.config import InterleavedConfig
 from .patches import PatchJob, write_patches
 from .shard_writer import UnitJob, unit_identity, write_unit
@@ -92,7 +91,10 @@ def plan_preparation(
         DataError: nothing to read, or it cannot be read.
     """
     if images is not None and not is_prepared_source(source):
-        return _plan_images(source, held_out, images)
+        # Images need no vocabulary, and text no image library.
+        from .images.planning import plan_images
+
+        return plan_images(source, held_out, images)
     listing = list_inputs(source)
     settings = _interleaved_of(source, listing, interleaved)
     if settings is not None and patches is not None:
@@ -117,37 +119,6 @@ def plan_preparation(
         parts.append(patches.identity())
     payload = json.dumps(parts, sort_keys=True)
     return Preparation(listing, units, job, hashlib.sha256(payload.encode()).hexdigest(), patches)
-
-
-def _plan_images(
-    source: SourceConfig, held_out: HeldOutConfig, images: ImagesConfig
-) -> Preparation:
-    from .images.reading import list_images, plan_image_units
-
-    found = list_images(source)
-    listing = found.listing
-    job = UnitJob(
-        kind=listing.kind,
-        text_key="",
-        token_dtype="",
-        vocabulary="",
-        vocabulary_identity=IMAGE_IDENTITY,
-        repeats=None,
-        held_out=held_out,
-        images=ImageJob(
-            found.classes,
-            images.image_key,
-            images.label_key,
-            images.caption_key,
-            held_out.documents,
-        ),
-    )
-    inputs = [[file.name, file.size, file.mtime_ns] for file in listing.files]
-    payload = json.dumps([FORMAT_VERSION, job.identity(), inputs], sort_keys=True)
-    key = hashlib.sha256(payload.encode()).hexdigest()
-    return Preparation(
-        listing, plan_image_units(listing), job, key, max_bad_share=images.max_bad_share
-    )
 
 
 def _interleaved_of(
