@@ -11,6 +11,7 @@ from .image_options import image_options, images_from
 
 if TYPE_CHECKING:
     from ..trainer.data.images.encoded_format import EncodePlan
+    from ..trainer.data.images.encoding import EncodingTokenizer
 
 __all__ = ["command"]
 
@@ -100,26 +101,23 @@ def command(
     from ..trainer.data.images.encoding import EncodeOptions, finish_encoding, plan_encoding
     from ..trainer.data.images.parts import part_of
     from ..trainer.data.images.preparing import prepared_images
-    from ..trainer.data.images.run_tokenizer import tokenizer_of
     from ..trainer.data.shards import read_manifest
-    from ..trainer.trained import open_trained
+    from ..trainer.tokenizer import open_tokenizer
     from .data import name_of
     from .options import run_folder
 
-    mine = part_of(part)
+    mine, run_of = part_of(part), run_folder(run)
     folder = prepared_images(source, name_of(source), held_out, images_from(given))
     options = EncodeOptions(**given)
-    with open_trained(run_folder(run), step) as trained:
-        network = trained.engine.network_for_generation("model")
-        tokenizer = tokenizer_of(network, trained.config.model, run, trained.step)
-        plan = plan_encoding(tokenizer, folder, options)
-        _encode(tokenizer, plan, folder, out, options.scores, mine)
+    tokenizer = open_tokenizer(run_of, step)
+    plan = plan_encoding(tokenizer, folder, options)
+    _encode(tokenizer, plan, folder, out, options.scores, mine)
     made = finish_encoding(out, (read_manifest(folder).images or {})["classes"])
     click.echo("\n".join(_report(out, plan, made)))
 
 
 def _encode(
-    tokenizer: Any,
+    tokenizer: EncodingTokenizer,
     plan: EncodePlan,
     folder: Path,
     out: Path,
