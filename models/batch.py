@@ -75,7 +75,8 @@ NOISE = "noise"
 IMAGES = "images"
 """Host count: images of the batch, codes included."""
 STAND_IN = "stand_in"
-"""Host count: 1 in a batch of a rank that has nothing left to evaluate; what the model makes of it is thrown away."""
+"""Host count: 1 in a batch of a rank that has nothing left to evaluate: its `target_count` is 0, and what the model makes of
+it is thrown away."""
 CAPTION_TARGETS = "caption_targets"
 """Host count: counted text targets with an image before them in their document."""
 

@@ -248,6 +248,7 @@ def test_held_out_images_are_the_middle_squares_and_ranks_give_equally_many_batc
     assert [b.sample_ids for part in batches for b in part] == [(0, 1), (2,)]
     three = [list(held_out_batches(data, "s0", 2, rank, 3)) for rank in range(3)]
     assert [b.host_counts.get(STAND_IN, 0) for part in three for b in part] == [0, 0, 1]
+    assert [b.target_count for part in three for b in part] == [2, 1, 0]
     rows = data.sources[0].held_out
     expected = fit_view(decode_file(rows[0].raw, "x", 3), 8)  # type: ignore[index, attr-defined]
     assert (batches[0][0].side["pixels"][0].numpy().transpose(1, 2, 0) == expected).all()

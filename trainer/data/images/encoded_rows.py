@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ....models.batch import IMAGE_KEYS, IMAGES, STAND_IN, PackedBatch
+from ....models.batch import IGNORED, IMAGE_KEYS, IMAGES, STAND_IN, PackedBatch
 from ....models.errors import DataError
 from .augmentation import sample_generator
 from .config import ImagesConfig, RatiosConfig
@@ -145,6 +145,8 @@ class CodeAssembler(_Assembler):
         tokens = np.zeros_like(targets)
         tokens[:, 1:] = targets[:, :-1]
         keys = np.array([(row.sample, 0) for row in rows], np.int64)
+        if is_stand_in:
+            targets = np.full_like(targets, IGNORED)
         return PackedBatch(
             tokens=torch.from_numpy(tokens.reshape(-1)),
             targets=torch.from_numpy(targets.reshape(-1)),
@@ -154,7 +156,7 @@ class CodeAssembler(_Assembler):
             row_length=length,
             sample_ids=tuple(row.sample for row in rows),
             source_ids=tuple(row.source for row in rows),
-            target_count=count * length,
+            target_count=0 if is_stand_in else count * length,
             side={"labels": torch.from_numpy(labels), IMAGE_KEYS: torch.from_numpy(keys)},
             host_counts={IMAGES: count, **({STAND_IN: 1} if is_stand_in else {})},
         )

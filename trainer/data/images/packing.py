@@ -138,7 +138,7 @@ def image_batch(
         row_length=1,
         sample_ids=tuple(row.sample for row in rows),
         source_ids=tuple(row.source for row in rows),
-        target_count=count,
+        target_count=0 if is_stand_in else count,
         side={IMAGE_KEYS: torch.from_numpy(keys), **side},
         host_counts={IMAGES: count, **counts, **({STAND_IN: 1} if is_stand_in else {})},
     )
