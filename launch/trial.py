@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import yaml
 
-from ..models.errors import DataError, LaunchError
+from ..models.errors import ConfigError, DataError, LaunchError
 from ..trainer.configuration.checks import BYTE_VOCABULARY_SIZE
 from .local import LocalRanks
 from .options import load_recipe, print_table
@@ -36,6 +36,7 @@ LENGTH = 128
 ROWS = 4
 EVAL_TOKENS = 2048
 BUILTIN = {"name": "python-stdlib", "path": "builtin:python-stdlib"}
+BUILTIN_IMAGES = {"name": "shapes", "path": "builtin:shapes-images:images=400"}
 
 
 def run_trial(
@@ -103,7 +104,9 @@ def smallest_settings(
 
     The model shrinks by its family's own rule (`Config.debug_size`); a family that has none keeps its size.
     """
-    length = min(config.data.sequence_length, LENGTH)
+    images = config.data.images
+    # A row of codes is an image, of which nothing can be cut off.
+    length = config.data.sequence_length if images else min(config.data.sequence_length, LENGTH)
     rows = max(ROWS, 2 * ranks)
     wanted: dict[str, Any] = {
         "train.steps": STEPS,
@@ -136,7 +139,14 @@ def smallest_settings(
     shrink = getattr(config.model, "debug_size", None)
     if shrink is not None:
         wanted |= dict(_flat("model", shrink().model_dump(mode="json")))
-    if use_builtin:
+    if use_builtin and images is not None:
+        if images.kind != "pixels":
+            raise ConfigError(
+                f"there are no built-in {images.kind} of images; encode some with weft data encode, and name them with "
+                "data.sources.0.path=DIR"
+            )
+        wanted["data.sources"] = [BUILTIN_IMAGES]
+    elif use_builtin:
         wanted |= {"data.sources": [BUILTIN], "data.vocabulary": "bytes"}
         if hasattr(config.model, "vocab_size"):
             wanted["model.vocab_size"] = BYTE_VOCABULARY_SIZE

@@ -137,6 +137,13 @@ def test_the_smallest_form_is_valid_and_small(name: str, ranks: int) -> None:
         assert cross[0] == cross[1]
 
 
+def test_image_runs_keep_their_rows_and_have_no_built_in_codes() -> None:
+    config = load_config("image-ar/b", [], RECIPES).config
+    assert "data.sequence_length" not in trial.smallest_settings(config, 1)
+    with pytest.raises(ConfigError, match="there are no built-in codes of images; encode some"):
+        trial.smallest_settings(config, 1, use_builtin=True)
+
+
 def check_transformer(model: Config, real: Config) -> None:
     assert (model.n_layers, model.d_model) == (min(2, real.n_layers), 64)
     assert model.n_heads // model.kv_heads == real.n_heads // real.kv_heads
