@@ -86,11 +86,6 @@ def images_at(ratio: int) -> str:
     return f"images_{ratio}"
 
 
-def images_at(ratio: int) -> str:
-    """Name of the host count of images at a ratio, in pixels a side of a latent's place."""
-    return f"images_{ratio}"
-
-
 def positions_of(modality: str) -> str:
     """Name of the host count of a modality's positions: the size of its routed part."""
     return f"{modality}_positions"
