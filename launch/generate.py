@@ -177,9 +177,10 @@ def command(
             )
 
         prompts_of_text = [*prompts, *map(_read_prompt, prompt_files)]
-        if top_k is None and top_p == 0.95 and temperature == 0.8 and (image or speech):
+        if image or speech:
             # Codes are drawn from all there are: cutting the tail of an image's codes makes it flat.
-            temperature, top_p = 1.0, 1.0
+            temperature = 1.0 if _is_default("temperature") else temperature
+            top_p = 1.0 if _is_default("top_p") else top_p
         request = Request(
             texts=prompts_of_text,
             pictures=[Path(name) for name in from_images],
@@ -242,6 +243,12 @@ def _one_of(**chosen: bool) -> str:
     if len(names) > 1:
         raise click.UsageError("--image, --speech and --interleaved exclude each other; give one")
     return names[0] if names else ""
+
+
+def _is_default(option: str) -> bool:
+    """Whether an option was not typed."""
+    source = click.get_current_context().get_parameter_source(option)
+    return source is click.core.ParameterSource.DEFAULT
 
 
 def _is_interleaved(folder: Path, overrides: tuple[str, ...]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from weft.launch import cli
+from weft.launch import generate as launch_generate
 from weft.models import build_model
 from weft.models.errors import CheckpointError
 from weft.models.transformer.config import Config
@@ -248,3 +249,28 @@ def test_help_ends_with_examples(
 ) -> None:
     assert weft(monkeypatch, verb, "--help") == 0
     assert f"weft {verb} runs/quickstart" in capsys.readouterr().out.split("Examples:")[1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        (["--image"], (1.0, 1.0)),
+        (["--image", "--temperature", 0.8], (0.8, 1.0)),
+        (["--speech", "--top-p", 0.95], (1.0, 0.95)),
+        (["--interleaved"], (0.8, 0.95)),
+    ],
+)
+def test_codes_are_drawn_from_all_unless_something_else_is_typed(
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    typed: list[object],
+    wanted: tuple[float, float],
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(launch_generate, "_is_interleaved", lambda *arguments: True)
+    monkeypatch.setattr(
+        "weft.launch.generate_interleaved.make_samples",
+        lambda folder, step, overrides, request, out, **settings: made.append(request),
+    )
+    assert weft(monkeypatch, "generate", run, "--prompt", "three", *typed) == 0
+    assert [(one.temperature, one.top_p) for one in made] == [wanted]
