@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear, scaled_dot_product_attention, silu
+from torch.nn.functional import dropout, linear, scaled_dot_product_attention
 
 from ...kernels import (
     PackedLayout,
@@ -20,13 +20,13 @@ from ...kernels import (
     attention_problem,
     linear_cross_entropy,
     packed_attention,
-    rms_norm,
     rotary_frequencies,
     rotary_table,
 )
 from ...kernels.faces import autocast_dtype
 from ..batch import PackedBatch
 from ..errors import ConfigError
+from ..transformer.model import MLP, RMSNorm
 from .config import Config
 
 __all__ = ["ImageCache", "ImageTransformer", "grid_rotation"]
@@ -69,16 +69,6 @@ class _LayerCache:
         return scaled_dot_product_attention(q[:, :, None], keys, values)[:, :, 0]
 
 
-class _RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
 class _Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -99,17 +89,6 @@ class _Attention(nn.Module):
         return self.o_proj(attended.flatten(-2))
 
 
-class _SwiGLU(nn.Module):
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Block(nn.Module):
     """Attention and SwiGLU with residuals, norms on their inputs.
 
@@ -118,10 +97,10 @@ class Block(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.attention_norm = _RMSNorm(config.d_model, config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = _Attention(config)
-        self.mlp_norm = _RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = _SwiGLU(config)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config.d_model, config.d_ff)
 
     def forward(
         self,
@@ -144,7 +123,7 @@ class ImageTransformer(nn.Module):
         self.codes = nn.Embedding(config.codebook_size, config.d_model)
         self.classes = nn.Embedding(config.classes + 1, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = _RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.codebook_size, bias=False)
 
     def forward(

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from ..errors import ConfigError
+from ..hugging_face_plain import arrange, companion_runs, companions, with_companions
 from .config import Config
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 __all__ = [
     "CONFIG_KEYS",
@@ -90,26 +91,6 @@ _FIXED = {"use_bias": False, "use_conv_bias": True, "hidden_act": "silu"}
 _SSM_SIZES = ("vocab_size", "d_model", "n_layer")
 _SSM_LAYER = {"d_state": "d_state", "d_conv": "d_conv", "expand": "expand", "dt_rank": "dt_rank"}
 _SSM_FIXED: dict[str, Any] = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": []}
-
-
-def companions(config: Config) -> dict[str, Config]:
-    """Networks whose weights are runs of their own: none."""
-    return {}
-
-
-def companion_runs(config: Config) -> dict[str, str]:
-    """Where those runs are: nowhere."""
-    return {}
-
-
-def with_companions(config: Config, runs: Mapping[str, str]) -> Config:
-    """The configuration itself."""
-    return config
-
-
-def arrange(name: str, tensor: Tensor, config: Config, *, to_theirs: bool) -> Tensor:
-    """The values of a parameter as the other side orders them: the same."""
-    return tensor
 
 
 def longest_positions(theirs: Mapping[str, Any]) -> int | None:

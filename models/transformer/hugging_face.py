@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from ..errors import ConfigError
+from ..hugging_face_plain import arrange, companion_runs, companions, with_companions
 from . import vision_language
 from .config import Config, RopeScalingConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 __all__ = [
     "MODEL_TYPES",
@@ -113,26 +114,6 @@ _LLAMA3_SCALING = {
 def block_names(norm: str) -> dict[str, str]:
     """Their names of a block's parameters by ours, both inside the block."""
     return {**_INSIDE, **_NORMS[norm]}
-
-
-def companions(config: Config) -> dict[str, Config]:
-    """Networks whose weights are runs of their own: none."""
-    return {}
-
-
-def companion_runs(config: Config) -> dict[str, str]:
-    """Where those runs are: nowhere."""
-    return {}
-
-
-def with_companions(config: Config, runs: Mapping[str, str]) -> Config:
-    """The configuration itself."""
-    return config
-
-
-def arrange(name: str, tensor: Tensor, config: Config, *, to_theirs: bool) -> Tensor:
-    """The values of a parameter as the other side orders them: the same."""
-    return tensor
 
 
 def longest_positions(theirs: Mapping[str, Any]) -> int | None:

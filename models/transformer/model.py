@@ -34,7 +34,7 @@ from .cache import KVCache, LayerCache, oldest_seen
 from .config import Config
 from .embedding import TokenEmbedding
 
-__all__ = ["Attention", "Block", "Transformer"]
+__all__ = ["MLP", "Attention", "Block", "RMSNorm", "Transformer"]
 
 
 class RMSNorm(nn.Module):
@@ -88,11 +88,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
@@ -110,7 +110,7 @@ class Block(nn.Module):
         self.is_reordered = config.norm == "reordered"
         self.attention = Attention(config)
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.d_model, config.d_ff)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(self, x: Tensor, rotary: RotaryTable, context: PackedLayout | LayerCache) -> Tensor:
