@@ -11,6 +11,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ...models.errors import DataError, LaunchError
@@ -21,6 +22,7 @@ __all__ = [
     "count_row_groups",
     "import_pyarrow",
     "line_number",
+    "naming_unreadable_files",
     "open_parquet",
     "read_documents",
     "read_lines",
@@ -44,8 +46,15 @@ def read_documents(kind: str, unit: Unit, text_key: str) -> Iterator[Document]:
         DataError: a file that cannot be read; the message names file and line.
     """
     readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
-    try:
+    with naming_unreadable_files():
         yield from readers[kind](unit, text_key)
+
+
+@contextmanager
+def naming_unreadable_files() -> Iterator[None]:
+    """A file that the system does not let us read becomes a DataError that names it."""
+    try:
+        yield
     except OSError as error:
         if error.filename is None:
             raise

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ....models.errors import DataError
 from ..config import SourceConfig
 from ..interleaved.documents import IMAGE_ENDINGS, tar_samples
-from ..readers import count_row_groups, import_pyarrow, open_parquet
+from ..readers import count_row_groups, import_pyarrow, naming_unreadable_files, open_parquet
 from ..sources import InputFile, Listing, Unit, distinct_names, group_files, stat_file, walk_files
 from .builtin import open_image_builtin, to_png
 from .job import ImageJob
@@ -155,14 +155,8 @@ def read_images(kind: str, unit: Unit, job: ImageJob) -> Iterator[ImageFile]:
         "image-parquet": _read_parquet,
         "image-builtin": _read_builtin,
     }
-    try:
+    with naming_unreadable_files():
         yield from readers[kind](unit, job)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        raise DataError(
-            f"cannot read {error.filename}: {error.strerror}; mend its permissions or remove it"
-        ) from error
 
 
 def _read_folder(unit: Unit, job: ImageJob) -> Iterator[ImageFile]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....models.errors import DataError
-from ..readers import line_number, read_lines
+from ..readers import line_number, naming_unreadable_files, read_lines
 from ..sources import Unit
 from .images import decode_image
 
@@ -63,14 +63,8 @@ def read_interleaved(kind: str, unit: Unit) -> Iterator[InterleavedDocument]:
     Raises:
         DataError: a file, line or member that cannot be read; the message names it.
     """
-    try:
+    with naming_unreadable_files():
         yield from _read_jsonl(unit) if kind == "interleaved" else _read_tar(unit)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        raise DataError(
-            f"cannot read {error.filename}: {error.strerror}; mend its permissions or remove it"
-        ) from error
 
 
 def _read_jsonl(unit: Unit) -> Iterator[InterleavedDocument]:
