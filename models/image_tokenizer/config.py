@@ -24,8 +24,6 @@ __all__ = [
 FFN_MULTIPLE = 256
 DEBUG_CHANNELS = 16
 DEBUG_GROUPS = 8
-LARGE = 16
-"""Fraction of a published width that a debug size has at least: `channels // LARGE` and so on."""
 
 
 class QuantizerConfig(Section):
@@ -266,8 +264,9 @@ class Config(Section):
 
     def debug_size(self) -> Config:
         """The same structure with narrow layers; pictures and ratios stay, which are the data's."""
+        shrink = max(1, max(self.channels) // (2 * DEBUG_CHANNELS))
         changes: dict[str, Any] = {
-            "channels": tuple(max(DEBUG_CHANNELS, width // LARGE) for width in self.channels),
+            "channels": tuple(max(DEBUG_CHANNELS, width // shrink) for width in self.channels),
             "groups": DEBUG_GROUPS,
             "latent_channels": min(self.latent_channels, 16),
             "middle_blocks": min(self.middle_blocks, 2),

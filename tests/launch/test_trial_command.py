@@ -128,6 +128,14 @@ def test_the_smallest_form_is_valid_and_small(name: str, ranks: int) -> None:
         for kept in ("modalities", "split", "norm", "qk_norm", "special_ids", "image_attention"):
             assert getattr(model, kept) == getattr(real, kept)
         assert trial.smallest_settings(small, ranks) == {}
+    elif model.family == "image_tokenizer":
+        assert max(model.channels) < 64
+        assert len(model.channels) == len(real.channels)
+        for kept in ("kind", "size", "ratios", "every_ratio", "reconstruction"):
+            assert getattr(model, kept) == getattr(real, kept)
+        for part in ("crt", "adversarial"):
+            assert (getattr(model, part) is None) == (getattr(real, part) is None)
+        assert trial.smallest_settings(small, ranks) == {}
     else:
         # Every part of a BLT that it has is still there.
         for kept in ("formulation", "double_residual", "patch_vectors"):
