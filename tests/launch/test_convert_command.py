@@ -74,7 +74,7 @@ def test_there_and_back(weft: Any, tmp_path: Path) -> None:
         (
             {"model_type": "gpt2"},
             (),
-            "model_type 'gpt2'; only blt, llama, llava, llava_next and olmo2 can be imported",
+            "model_type 'gpt2'; only blt, llama, llava, llava_next, mamba and olmo2 can be imported",
         ),
         ({"hidden_size": 64}, (), "config.json's model has"),
         ({}, ("data.sequnce_length=64",), "did you mean data.sequence_length?"),

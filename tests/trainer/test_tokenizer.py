@@ -95,7 +95,13 @@ def test_fingerprints_follow_what_decides_codes_and_nothing_else() -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a checkpoint whose averages are other than its weights."""
     folder = tmp_path_factory.mktemp("tokenizer") / "run"
-    changes = ["model.size=16", "model.crt=null", "optimizer.ema_decay=0.9", f"run.dir={folder}"]
+    changes = [
+        "model.size=16",
+        "data.images.size=16",
+        "model.crt=null",
+        "optimizer.ema_decay=0.9",
+        f"run.dir={folder}",
+    ]
     changes += ["model.reconstruction.perceptual=random_features", "run.device=cpu"]
     config = load_config("crt/debug", changes, RECIPES).config
     topology = Topology(0, 1, 0, 1, torch.device("cpu"))
